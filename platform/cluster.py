@@ -1,0 +1,105 @@
+"""Start a local Ray for one command, or join a running cluster: the same code runs on both.
+
+The rest of Genescale calls `ray_cluster(settings)` once, at the top of a command, and then uses Ray as usual.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from genescale.platform.errors import ClusterError
+from genescale.platform.settings import ClusterSettings, Settings
+
+# Read by Ray and the libraries under it when they are imported or when a worker starts; workers inherit them.
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray's memory monitor counts page cache of memory-mapped files against us on small machines.
+    "RAY_DEDUP_LOGS": "1",
+}
+# A Unix socket path takes 107 bytes; Ray adds `/session_<date>_<pid>/sockets/plasma_store` (63) to the folder.
+LONGEST_TEMP_DIR = 42
+
+
+@contextlib.contextmanager
+def ray_cluster(settings: Settings) -> Iterator[None]:
+    """Ray for the length of the block: joined when an address is set, else started here and stopped at the end.
+
+    Raises ClusterError when Ray cannot be joined or started. When Ray is already connected in this process, the block
+    uses that connection and leaves it as it is.
+    """
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    with _short_temp_dir(settings.cluster) as temp_dir:
+        _connect(ray, settings.cluster, temp_dir)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(ray: Any, cluster: ClusterSettings, temp_dir: str) -> None:
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    try:
+        if cluster.address:
+            ray.init(address=cluster.address, **common)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=cluster.num_cpus or None,
+                num_gpus=None if cluster.num_gpus < 0 else cluster.num_gpus,
+                object_store_memory=cluster.object_store_bytes,
+                include_dashboard=False,
+                _temp_dir=temp_dir or None,
+                **common,
+            )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        if cluster.address:
+            fix = "Check that the cluster runs and that cluster.address is right."
+        else:
+            fix = "Check free memory, /dev/shm and the folder cluster.temp_dir."
+        raise ClusterError(f"Ray did not start: {error}.", where=cluster.address or "local Ray", fix=fix) from error
+    _quiet_ray_data()
+
+
+def _quiet_ray_data() -> None:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _short_temp_dir(cluster: ClusterSettings) -> Iterator[str]:
+    """The folder for Ray's session files: the chosen one, reached through a short link when its path is too long."""
+    if cluster.address or not cluster.temp_dir:
+        yield ""
+        return
+    chosen = Path(cluster.temp_dir).resolve()
+    chosen.mkdir(parents=True, exist_ok=True)
+    if len(str(chosen)) <= LONGEST_TEMP_DIR:
+        yield str(chosen)
+        return
+    # Ray keeps its sockets below this folder, and the system allows a socket path 107 bytes only.
+    with tempfile.TemporaryDirectory(prefix="gs") as holder:
+        link = Path(holder) / "r"
+        link.symlink_to(chosen, target_is_directory=True)
+        yield str(link)
