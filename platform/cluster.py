@@ -26,6 +26,8 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray's memory monitor counts page cache of memory-mapped files against us on small machines.
     "RAY_DEDUP_LOGS": "1",
+    # Serve's controller ends its own shutdown call by being killed, which Ray would print as a failed task.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": r"ServeController\.graceful_shutdown",
 }
 # A Unix socket path takes 107 bytes; Ray adds `/session_<date>_<pid>/sockets/plasma_store` (63) to the folder.
 LONGEST_TEMP_DIR = 42

@@ -1,0 +1,34 @@
+"""Which process did this, and does it still live?"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+
+def process_label() -> str:
+    """A text that names this process on this machine, different for a later process of the same number."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+
+
+def is_gone(label: str) -> bool:
+    """True when `label` names a process of this machine that no longer lives; false for other machines and texts."""
+    host, _, rest = label.partition(":")
+    number, _, started = rest.partition(":")
+    return host == socket.gethostname() and number.isdigit() and _started(int(number)) != started
+
+
+def _started(process: int) -> str | None:
+    """When a process started, in clock ticks, where the system tells; None when there is no such process."""
+    status = Path("/proc") / str(process) / "stat"
+    if status.exists():
+        # The name of the program, in brackets, may itself hold brackets and spaces; the start is field 22 of the line.
+        return status.read_text().rpartition(")")[2].split()[19]
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return ""
