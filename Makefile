@@ -5,7 +5,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 LAYERS := platform ingestion training perturbation serving
 
-# Options of `make demo`: ATLAS= and VOCABULARY= take paths, globs or s3:// addresses; WORK= is the folder it may write to.
+# Options of `make demo`: ATLAS= takes paths, globs or s3:// addresses (several: separated by
+# spaces), VOCABULARY= one of them; WORK= is the only folder it writes to. More options: ARGS="--local --fresh".
 ATLAS ?=
 VOCABULARY ?=
 WORK ?= genescale-work
@@ -18,7 +19,7 @@ help:  ## list the commands
 
 demo:  ## install, then run the whole way once and write a report
 	@infra/setup all
-	@$(VENV)/bin/genescale demo --work "$(WORK)" $(if $(ATLAS),--atlas "$(ATLAS)") $(if $(VOCABULARY),--vocabulary "$(VOCABULARY)") $(ARGS)
+	@$(VENV)/bin/genescale demo --work "$(WORK)" $(foreach file,$(ATLAS),--atlas '$(file)') $(if $(VOCABULARY),--vocabulary "$(VOCABULARY)") $(ARGS)
 
 test:  ## install with test tools, then run the tests (under 20 minutes on 2 cores)
 	@infra/setup dev
