@@ -1,0 +1,192 @@
+"""Part files of a corpus: how a block of token rows is written, and how cells are read back by their global index.
+
+Axis suffixes: `n` cells, `t` tokens of all cells of a block, one after the other.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import io
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from genescale.ingestion.schema import PARTITION_COLUMN, TOKEN_COLUMN
+from genescale.platform.errors import CorpusError, IntegrityError
+from genescale.platform.storage import Store
+
+ROW_GROUP_CELLS = 4_096
+READERS_AT_ONCE = 4
+_TOKEN_LEAF = f"{TOKEN_COLUMN}.list.element"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One committed part file: full address, rows, and the dataset it belongs to."""
+
+    uri: str
+    rows: int
+    dataset_id: str
+
+
+def part_bytes(table: pa.Table) -> bytes:
+    """A part file of these rows; the same rows give the same bytes.
+
+    Token ids are close to random, so a dictionary does not pay; splitting their bytes before zstd saves a fifth of the
+    plain form. Page checksums are written because Parquet readers otherwise return a flipped bit as data.
+    """
+    sink = io.BytesIO()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROW_GROUP_CELLS,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=[name for name in table.schema.names if pa.types.is_string(table.schema.field(name).type)],
+        column_encoding={_TOKEN_LEAF: "BYTE_STREAM_SPLIT"},
+        write_statistics=[name for name in table.schema.names if name != TOKEN_COLUMN],
+        write_page_checksum=True,
+    )
+    return sink.getvalue()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenBlock:
+    """Decoded tokens of one row group: tokens_t one cell after the other, offsets of n+1 cells."""
+
+    tokens_t: npt.NDArray[Any]
+    offsets: npt.NDArray[np.int64]
+
+    def cell(self, row: int) -> npt.NDArray[Any]:
+        """Tokens of one cell (a read-only view)."""
+        return self.tokens_t[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory it takes."""
+        return self.tokens_t.nbytes + self.offsets.nbytes
+
+
+class PartReader:
+    """Reads committed parts; keeps decoded row groups within a byte budget, least recently used out first."""
+
+    def __init__(self, parts: Sequence[Part], store: Store, token_dtype: npt.DTypeLike, cache_bytes: int) -> None:
+        self.parts, self.store, self.cache_bytes = tuple(parts), store, cache_bytes
+        self.token_dtype = np.dtype(token_dtype)
+        self._starts = [0, *itertools.accumulate(part.rows for part in self.parts)]
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[tuple[int, int], TokenBlock] = OrderedDict()
+        self._held_bytes = 0
+        self._footers: dict[int, pq.FileMetaData] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["parts"], state["store"], state["token_dtype"], state["cache_bytes"])  # type: ignore[misc]
+
+    def scalars(self, schema: pa.Schema, numbers: Sequence[int] | None = None) -> pa.Table:
+        """Columns of every part (or of those with these numbers), in order; the dataset is the part's own."""
+        parts = self.parts if numbers is None else [self.parts[number] for number in numbers]
+        if not parts:
+            return schema.empty_table()
+        with ThreadPoolExecutor(READERS_AT_ONCE) as pool:
+            return pa.concat_tables(pool.map(lambda part: self._scalars_of(part, schema), parts))
+
+    def tokens(self, indices: Sequence[int]) -> list[npt.NDArray[Any]]:
+        """Tokens of cells by global index, in the order asked for; each row group is decoded at most once."""
+        wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for place, index in enumerate(indices):
+            part, row = self._locate(int(index))
+            group, row_in_group = self._group(part, row)
+            wanted.setdefault((part, group), []).append((place, row_in_group))
+        found: list[Any] = [None] * len(indices)
+        for key in sorted(wanted):
+            block = self._block(key)
+            for place, row in wanted[key]:
+                found[place] = block.cell(row)
+        return found
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < self._starts[-1]:
+            raise CorpusError(f"there is no cell {index}.", fix=f"Cells are numbered 0 to {self._starts[-1] - 1}.")
+        part = bisect.bisect_right(self._starts, index) - 1
+        return part, index - self._starts[part]
+
+    def _group(self, part: int, row: int) -> tuple[int, int]:
+        footer = self._footer(part)
+        for group in range(footer.num_row_groups):
+            rows = footer.row_group(group).num_rows
+            if row < rows:
+                return group, row
+            row -= rows
+        raise IntegrityError("the part has fewer rows than its commit says.", where=self.parts[part].uri)
+
+    def _footer(self, part: int) -> pq.FileMetaData:
+        if part not in self._footers:
+            with self.store.open(self.parts[part].uri) as file, _checked(self.parts[part]):
+                self._footers[part] = pq.read_metadata(file)
+        return self._footers[part]
+
+    def _block(self, key: tuple[int, int]) -> TokenBlock:
+        with self._lock:
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+                return self._blocks[key]
+        block = self._decode(*key)
+        with self._lock:
+            if key not in self._blocks:
+                self._blocks[key] = block
+                self._held_bytes += block.size_bytes
+            while self._held_bytes > self.cache_bytes and len(self._blocks) > 1:
+                self._held_bytes -= self._blocks.popitem(last=False)[1].size_bytes
+        return block
+
+    def _decode(self, part: int, group: int) -> TokenBlock:
+        with self.store.open(self.parts[part].uri) as source, _checked(self.parts[part]):
+            file = pq.ParquetFile(source, metadata=self._footer(part), page_checksum_verification=True)
+            column = file.read_row_group(group, columns=[TOKEN_COLUMN]).column(0).combine_chunks()
+        lists = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+        offsets = lists.offsets.to_numpy().astype(np.int64)
+        # `values` ignores the offset of a sliced array, `flatten` does not; a fresh row group has none.
+        tokens_t = lists.values.to_numpy(zero_copy_only=False).astype(self.token_dtype, copy=False)
+        tokens_t.setflags(write=False)
+        return TokenBlock(tokens_t, offsets)
+
+    def _scalars_of(self, part: Part, schema: pa.Schema) -> pa.Table:
+        stored = [name for name in schema.names if name != PARTITION_COLUMN]
+        with self.store.open(part.uri) as source, _checked(part):
+            table = pq.ParquetFile(source, page_checksum_verification=True).read(columns=stored)
+        columns = [
+            pa.repeat(part.dataset_id, part.rows) if name == PARTITION_COLUMN else table.column(name)
+            for name in schema.names
+        ]
+        if table.num_rows != part.rows and stored:
+            raise IntegrityError(f"{table.num_rows} rows, its commit says {part.rows}.", where=part.uri)
+        return pa.table(columns, schema=schema)
+
+
+@contextlib.contextmanager
+def _checked(part: Part) -> Iterator[None]:
+    """Turn what Parquet says about damaged bytes into an IntegrityError that names the part."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(
+            f"the part cannot be read: {error}.",
+            where=part.uri,
+            fix="Restore the file, or remove its dataset and ingest it again.",
+        ) from error

@@ -1,0 +1,132 @@
+"""`genescale serve`: answer embeddings and perturbations over HTTP until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from genescale.platform.cli import begin, command_parser
+from genescale.platform.errors import SettingsError
+from genescale.platform.settings import build, read_toml
+
+if TYPE_CHECKING:
+    from genescale.serving.app import RunningService
+    from genescale.serving.config import ServingConfig
+
+EPILOG = """\
+MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, a bundle folder or an s3:// address; an alias is resolved once, now.
+Everything else, limits included, can stand in a TOML file given by --config; /v1/info of the running service lists it.
+
+  genescale serve models:/encoder@production
+  KEYS=$(openssl rand -hex 24) genescale serve models:/encoder@production --api-key-env KEYS
+  genescale serve --openapi > docs/openapi.json
+"""
+FROM_OPTIONS = ("host", "port", "replicas", "num_cpus", "num_gpus", "tokens_per_batch", "cache")
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Run the service until Ctrl-C or SIGTERM; returns 0 after a clean stop."""
+    arguments, settings = begin(_parser(), argv)
+    if arguments.openapi:
+        print(openapi_text(), end="")
+        return 0
+    if not arguments.model:
+        raise SettingsError("no model is named.", where="genescale serve", fix="Name one: genescale serve MODEL.")
+    config = serving_config(arguments, os.environ)
+    from genescale.platform.cluster import ray_cluster
+    from genescale.platform.progress import stage
+
+    with termination_interrupts(), ray_cluster(settings), termination_interrupts(), contextlib.ExitStack() as stack:
+        from genescale.serving.app import service
+
+        with stage("start the service"):
+            running = stack.enter_context(service(arguments.model, config, settings))
+        print(greeting(running), flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            # From here on a second signal must not leave half a service behind.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            print("stopping: requests that are being answered are finished first", flush=True)
+    return 0
+
+
+def openapi_text() -> str:
+    """The OpenAPI document as the repository keeps it."""
+    from genescale.serving.routes import openapi_document
+
+    return json.dumps(openapi_document(), indent=1, sort_keys=True, ensure_ascii=True) + "\n"
+
+
+def serving_config(arguments: argparse.Namespace, environment: Mapping[str, str]) -> ServingConfig:
+    """The config of a service: the file's values, then those of options, then the keys of the environment.
+
+    Raises SettingsError for unknown or impossible values, and when the variable for keys is empty.
+    """
+    from genescale.serving.config import ServingConfig
+
+    values: dict[str, Any] = read_toml(arguments.config) if arguments.config else {}
+    values.update({name: given for name in FROM_OPTIONS if (given := getattr(arguments, name)) is not None})
+    if arguments.api_key_env:
+        keys = environment.get(arguments.api_key_env, "")
+        if not keys.strip():
+            raise SettingsError(
+                f"the environment variable {arguments.api_key_env} holds no key.",
+                where="--api-key-env",
+                fix="Set it to one key, or several with commas between them.",
+            )
+        values["api_keys"] = keys
+    return build(ServingConfig, values, where=arguments.config or "genescale serve")
+
+
+def greeting(running: RunningService) -> str:
+    """What is served, where, and a first question to try."""
+    release, url = running.release, running.url
+    key = " \\\n    -H 'Authorization: Bearer '$KEY" if running.config.api_keys else ""
+    body = '{"cells": [{"counts": {"GATA4": 3, "TTN": 41}}]}'
+    return "\n".join(
+        [
+            f"serving {release.name} version {release.version} ({release.digest[:12]}) at {url}",
+            f"  documentation {url}/docs   facts and limits {url}/v1/info",
+            f"  curl {url}/v1/embeddings{key} \\\n    -H 'Content-Type: application/json' \\\n    -d '{body}'",
+            "Ctrl-C stops it.",
+        ]
+    )
+
+
+@contextlib.contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """SIGTERM acts as Ctrl-C does inside the block, so that an orchestrator's stop is a clean one.
+
+    Ray puts its own reaction to SIGTERM in place when it starts: who starts it enters this once more afterwards.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("serve", "Answer embeddings and perturbations over HTTP.", epilog=EPILOG)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="what to serve (see below)")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with fields of the serving config")
+    parser.add_argument("--host", help="address to listen on (default 127.0.0.1; 0.0.0.0 for all)")
+    parser.add_argument("--port", type=int, help="port to listen on (default 8000; 0 takes a free one)")
+    parser.add_argument("--replicas", type=int, help="copies of the model (default 1)")
+    parser.add_argument("--num-cpus", type=float, help="processors per copy (default 1)")
+    parser.add_argument("--num-gpus", type=float, help="GPUs per copy (default 0)")
+    parser.add_argument("--tokens-per-batch", type=int, help="token budget of one pass through the model")
+    parser.add_argument("--cache", metavar="DIR", help="folder for downloaded models (default: a temporary one)")
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the accepted keys")
+    parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document and stop")
+    return parser

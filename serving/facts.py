@@ -1,0 +1,59 @@
+"""What `/v1/info` says, and what every answer says about where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import get_args
+
+from genescale.perturbation.edits import KINDS
+from genescale.perturbation.shift import MEASURES
+from genescale.platform.bundle import Bundle
+from genescale.serving.config import ServingConfig
+from genescale.serving.release import Release
+from genescale.serving.schemas import (
+    CorpusFacts,
+    EncoderFacts,
+    InfoAnswered,
+    Layer,
+    ModelFacts,
+    Pooling,
+    Provenance,
+    VocabularyFacts,
+)
+
+# Facts of a bundle's lineage that say where a model comes from without naming a bucket or a path.
+PUBLIC_LINEAGE = ("corpus_version", "git_commit", "run_id", "parent_digest")
+# Fields of the config that bound requests, beside its limits.
+SHOWN = ("tokens_per_batch", "max_ongoing", "max_queued", "replicas")
+
+
+def describe(release: Release, bundle: Bundle, config: ServingConfig) -> InfoAnswered:
+    """What `/v1/info` says: model, vocabulary, corpus, choices and limits."""
+    vocabulary, lineage = bundle.vocabulary, bundle.lineage
+    has_cls = vocabulary.cls is not None
+    provenance = Provenance(
+        model=ModelFacts(name=release.name, version=release.version, digest=release.digest),
+        vocabulary=VocabularyFacts(name=vocabulary.name, digest=vocabulary.digest),
+        corpus=CorpusFacts(version=lineage.get("corpus_version")),
+    )
+    return InfoAnswered(
+        service="genescale",
+        build=version("genescale"),
+        provenance=provenance,
+        encoder=EncoderFacts(
+            width=bundle.config["hidden_size"],
+            layers=bundle.config["num_hidden_layers"],
+            window=vocabulary.window,
+            n_genes=len(vocabulary.gene_ids),
+            has_cls=has_cls,
+        ),
+        lineage={key: lineage[key] for key in PUBLIC_LINEAGE if key in lineage},
+        choices={
+            "layer": list(get_args(Layer)),
+            "pooling": [name for name in get_args(Pooling) if has_cls or name != "cls"],
+            "measure": [name for name in MEASURES if has_cls or name != "cls"],
+            "kind": list(KINDS),
+        },
+        limits={**asdict(config.limits), **{name: getattr(config, name) for name in SHOWN}},
+    )

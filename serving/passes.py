@@ -1,0 +1,259 @@
+"""Passes through the model: what requests want, cut to a token budget, and carried out several requests at a time.
+
+A *pass* is a piece of one request that fits the budget. Passes of different requests run together when the budget has
+room; an embedder answers a cell with the same bits whatever else is in its batch (on the CPU), so nobody can tell.
+
+Axis suffixes: `n` cells, `t` tokens, `d` width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from genescale.perturbation.perturb import CellEmbedder, EditAnswer, EditRequest, perturb_cells
+from genescale.platform.errors import GenescaleError
+from genescale.serving.schemas import Layer, Measure, Pooling
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EmbedPass:
+    """Cells to embed in one go."""
+
+    cells: Sequence[np.ndarray]
+    layer: Layer
+    pooling: Pooling
+    cost: int
+    """Tokens that go through the model, at most the budget."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """How edited cells are compared with unedited ones, for a whole request."""
+
+    layer: Layer
+    measure: Measure
+    goal: np.ndarray | None = None
+    gene_shifts_of: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PerturbPass:
+    """Cells and the edits to try on each of them in one go."""
+
+    cells: Sequence[np.ndarray]
+    edits: Sequence[Sequence[EditRequest]]
+    comparison: Comparison
+    cost: int
+    """Tokens that go through the model (edited cells and those they are compared with), at most the budget."""
+    uncropped: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """All genes in rank order of the cells (by position) that a refilling deletion needs."""
+
+
+Pass = EmbedPass | PerturbPass
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome(Generic[T]):
+    """What a pass gave, or why it failed, and the seconds that the model worked for it and its companions."""
+
+    value: T
+    forward_s: float
+
+
+RunPass = Callable[[Pass], Awaitable[Outcome[Any]]]
+
+
+class Model(Protocol):
+    """What the HTTP side asks of a model, wherever it runs."""
+
+    async def embed(self, cells: Sequence[np.ndarray], layer: Layer, pooling: Pooling) -> Outcome[np.ndarray]:
+        """Embeddings `(n, d)` float32 in the order of `cells`."""
+
+    async def perturb(
+        self,
+        cells: Sequence[np.ndarray],
+        edits: Sequence[EditRequest],
+        comparison: Comparison,
+        uncropped: Mapping[int, np.ndarray],
+    ) -> Outcome[list[list[EditAnswer]]]:
+        """Each edit of each cell, in the order given."""
+
+    async def ping(self) -> None:
+        """Return when the model is loaded, warm and answers."""
+
+
+def split_embedding(
+    cells: Sequence[np.ndarray], layer: Layer, pooling: Pooling, *, tokens_per_pass: int
+) -> list[EmbedPass]:
+    """Passes that hold `cells` in order, none above the budget unless it is a single cell."""
+    return [
+        EmbedPass(cells=[cells[i] for i in part], layer=layer, pooling=pooling, cost=min(cost, tokens_per_pass))
+        for part, cost in _runs(len(cells), lambda at, _: len(cells[at]), tokens_per_pass)
+    ]
+
+
+def split_perturbation(
+    cells: Sequence[np.ndarray],
+    edits: Sequence[EditRequest],
+    comparison: Comparison,
+    uncropped: Mapping[int, np.ndarray],
+    *,
+    tokens_per_pass: int,
+) -> list[PerturbPass]:
+    """Passes that hold every edit of every cell, cells in order and within a cell the edits in order."""
+    pairs = [(cell, edit) for cell in range(len(cells)) for edit in range(len(edits))]
+
+    def cost_of(at: int, first: bool) -> int:
+        cell, edit = pairs[at]
+        # The unedited cell is embedded once a pass; in a full window an overexpression compares with a cut cell of its
+        # own. Counting that one always keeps the cost an upper bound.
+        baseline = first or pairs[at - 1][0] != cell
+        return len(cells[cell]) * (1 + baseline + (edits[edit].kind == "overexpress"))
+
+    return [
+        _perturb_pass([pairs[at] for at in part], cells, edits, comparison, uncropped, cost=min(cost, tokens_per_pass))
+        for part, cost in _runs(len(pairs), cost_of, tokens_per_pass)
+    ]
+
+
+def _perturb_pass(
+    pairs: Sequence[tuple[int, int]],
+    cells: Sequence[np.ndarray],
+    edits: Sequence[EditRequest],
+    comparison: Comparison,
+    uncropped: Mapping[int, np.ndarray],
+    *,
+    cost: int,
+) -> PerturbPass:
+    wanted: dict[int, list[EditRequest]] = {}
+    for cell, edit in pairs:
+        wanted.setdefault(cell, []).append(edits[edit])
+    return PerturbPass(
+        cells=[cells[cell] for cell in wanted],
+        edits=list(wanted.values()),
+        comparison=comparison,
+        cost=cost,
+        uncropped={at: uncropped[cell] for at, cell in enumerate(wanted) if cell in uncropped},
+    )
+
+
+def join_perturbation(parts: Iterable[list[list[EditAnswer]]], n_edits: int) -> list[list[EditAnswer]]:
+    """Answers of all passes of one request, `n_edits` to a cell again."""
+    flat = [answer for part in parts for cell in part for answer in cell]
+    return [flat[at : at + n_edits] for at in range(0, len(flat), n_edits)]
+
+
+def _runs(n: int, cost_of: Callable[[int, bool], int], budget: int) -> list[tuple[range, int]]:
+    """Consecutive positions, and their cost, whose costs sum to at most `budget`; a single one may exceed it.
+
+    `cost_of` is told whether a position is the first of its run.
+    """
+    runs: list[tuple[range, int]] = []
+    start, total = 0, 0
+    for at in range(n):
+        cost = cost_of(at, at == start)
+        if at > start and total + cost > budget:
+            runs.append((range(start, at), total))
+            start, total, cost = at, 0, cost_of(at, True)
+        total += cost
+    return [*runs, (range(start, n), total)]
+
+
+def carry_out(embedder: CellEmbedder, passes: Sequence[Pass]) -> list[Outcome[object]]:
+    """Run passes of any requests together; `value` of a pass that failed is its exception.
+
+    The exception is a value, because one request's failure must not become that of its companions.
+    """
+    began = time.perf_counter()
+    values: dict[int, object] = {}
+    for positions in _alike(passes):
+        try:
+            values.update(zip(positions, _embed(embedder, [passes[i] for i in positions]), strict=True))
+        except Exception as error:  # noqa: BLE001
+            values.update(dict.fromkeys(positions, error))
+    for position, one in enumerate(passes):
+        if isinstance(one, PerturbPass):
+            try:
+                values[position] = _perturb(embedder, one)
+            except Exception as error:  # noqa: BLE001
+                values[position] = error
+    forward_s = time.perf_counter() - began
+    return [Outcome(value=values[position], forward_s=forward_s) for position in range(len(passes))]
+
+
+def _alike(passes: Sequence[Pass]) -> list[list[int]]:
+    """Positions of embedding passes, those with the same options together."""
+    groups: dict[tuple[Layer, Pooling], list[int]] = {}
+    for position, one in enumerate(passes):
+        if isinstance(one, EmbedPass):
+            groups.setdefault((one.layer, one.pooling), []).append(position)
+    return list(groups.values())
+
+
+def _embed(embedder: CellEmbedder, passes: Sequence[Pass]) -> list[np.ndarray]:
+    alike = [one for one in passes if isinstance(one, EmbedPass)]
+    cells = [cell for one in alike for cell in one.cells]
+    vectors_nd = embedder.embed_cells(cells, layer=alike[0].layer, pooling=alike[0].pooling)
+    if not np.isfinite(vectors_nd).all():
+        raise GenescaleError("the model gave embeddings that are not finite numbers.", fix="Check its weights.")
+    bounds = np.cumsum([len(one.cells) for one in alike])
+    return np.split(vectors_nd, bounds[:-1])
+
+
+def _perturb(embedder: CellEmbedder, one: PerturbPass) -> list[list[EditAnswer]]:
+    return perturb_cells(
+        embedder,
+        one.cells,
+        one.edits,
+        layer=one.comparison.layer,
+        measure=one.comparison.measure,
+        goal=one.comparison.goal,
+        gene_shifts_of=one.comparison.gene_shifts_of,
+        uncropped=one.uncropped,
+    )
+
+
+async def embed_in_passes(
+    run: RunPass, cells: Sequence[np.ndarray], layer: Layer, pooling: Pooling, *, tokens_per_pass: int
+) -> Outcome[np.ndarray]:
+    """Embeddings `(n, d)` of `cells` in order, from passes that `run` carries out."""
+    done = await _all(run, split_embedding(cells, layer, pooling, tokens_per_pass=tokens_per_pass))
+    return Outcome(value=np.concatenate([one.value for one in done]), forward_s=_total_s(done))
+
+
+async def perturb_in_passes(
+    run: RunPass,
+    cells: Sequence[np.ndarray],
+    edits: Sequence[EditRequest],
+    comparison: Comparison,
+    uncropped: Mapping[int, np.ndarray],
+    *,
+    tokens_per_pass: int,
+) -> Outcome[list[list[EditAnswer]]]:
+    """Each edit of each cell in order, from passes that `run` carries out."""
+    passes = split_perturbation(cells, edits, comparison, uncropped, tokens_per_pass=tokens_per_pass)
+    done = await _all(run, passes)
+    return Outcome(value=join_perturbation((one.value for one in done), len(edits)), forward_s=_total_s(done))
+
+
+async def _all(run: RunPass, passes: Sequence[Pass]) -> list[Outcome[Any]]:
+    # One after the other: a large request must not fill the queue, or a small one behind it would wait for all of it.
+    # It also ends with its caller: passes that were not begun are not worth their time then.
+    outcomes = []
+    for one in passes:
+        outcome = await run(one)
+        if isinstance(outcome.value, Exception):
+            raise outcome.value
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _total_s(outcomes: Sequence[Outcome[Any]]) -> float:
+    return sum(outcome.forward_s for outcome in outcomes)

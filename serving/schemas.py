@@ -1,0 +1,276 @@
+"""What the service accepts and answers, as strict models: the HTTP contract, and the source of the OpenAPI document.
+
+Requests are strict: an unknown field, a text where a number belongs, a boolean as a count, NaN or infinity are errors.
+Numbers of an answer keep every bit: an embedding is float32, written with as many digits as it needs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# The same names as in training.embedder and perturbation.shift; a test compares them. Written out here, because the
+# HTTP side must not import torch.
+Layer = Literal["last", "second_to_last"]
+Pooling = Literal["mean_genes", "cls"]
+Measure = Literal["remaining_genes", "cls", "mean_pooled"]
+Kind = Literal["delete", "overexpress"]
+Reason = Literal["unknown", "no_median", "zero"]
+
+# Beyond this a count is a mistake, and its quotient by a small median could leave the range of a double.
+LARGEST_COUNT = 1e12
+GeneName = Annotated[str, Field(min_length=1, max_length=64, description="Ensembl gene id, symbol or alias.")]
+Count = Annotated[float, Field(ge=0, le=LARGEST_COUNT)]
+Token = Annotated[int, Field(ge=0)]
+
+
+class Asked(BaseModel):
+    """A part of a request: nothing beside the known fields, nothing converted."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Answered(BaseModel):
+    """A part of an answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class CellAsked(Asked):
+    """One cell: raw counts by gene, or the tokens of a cell that is tokenised already."""
+
+    id: Annotated[str, Field(max_length=256)] | None = Field(None, description="Comes back in the answer.")
+    counts: dict[GeneName, Count] | None = Field(
+        None,
+        description="Raw count of each gene. Names that lead to one gene are summed; zeros and unknown genes are "
+        "ignored and reported.",
+        examples=[{"ENSG00000107485": 3, "GATA4": 1}],
+    )
+    tokens: Annotated[list[Token], Field(fail_fast=True)] | None = Field(
+        None,
+        description="Gene tokens in rank order, with or without <cls> and <eos>. What exceeds the window is cropped.",
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> CellAsked:
+        if (self.counts is None) == (self.tokens is None):
+            raise ValueError("give either counts or tokens")
+        return self
+
+
+# The first wrong cell ends the reading: listing all mistakes of a large request would cost more than answering it.
+Cells = Annotated[list[CellAsked], Field(min_length=1, fail_fast=True)]
+
+
+class EmbeddingsAsked(Asked):
+    """Cells to embed."""
+
+    cells: Cells
+    layer: Layer = Field("second_to_last", description="Encoder layer whose output is taken.")
+    pooling: Pooling = Field("mean_genes", description="Mean over the genes, or the vector of <cls>.")
+
+
+class EditAsked(Asked):
+    """One edit, tried on each cell by itself: its genes are edited together."""
+
+    kind: Kind
+    genes: Annotated[list[GeneName], Field(min_length=1)]
+    refill: bool = Field(
+        False, description="Deletion only: let the next genes of a cropped cell move up into the window."
+    )
+
+
+class PerturbationsAsked(Asked):
+    """Cells, and edits to try on each of them."""
+
+    cells: Cells
+    edits: Annotated[list[EditAsked], Field(min_length=1)]
+    layer: Layer = "second_to_last"
+    measure: Measure = Field(
+        "remaining_genes",
+        description="What is compared: each gene that was not edited (mean of cosines), <cls>, or the mean over genes.",
+    )
+    goal: list[float] | None = Field(
+        None, description="Mean embedding of a goal state, same layer: adds the movement toward it."
+    )
+    gene_shifts: list[GeneName] = Field([], description="Genes whose own shift is wanted for each edit.")
+
+
+class ModelFacts(Answered):
+    """Which model answered: an immutable version."""
+
+    name: str
+    version: str
+    digest: str
+
+
+class VocabularyFacts(Answered):
+    """Which vocabulary ranked the genes."""
+
+    name: str
+    digest: str
+
+
+class CorpusFacts(Answered):
+    """Which corpus the model learnt from; null where its bundle does not say."""
+
+    version: int | str | None
+
+
+class Provenance(Answered):
+    """Where an answer comes from."""
+
+    model: ModelFacts
+    vocabulary: VocabularyFacts
+    corpus: CorpusFacts
+
+
+class Timings(Answered):
+    """Where the time went, in milliseconds. Passes shared with other requests count in full."""
+
+    parse: float
+    queue: float
+    forward: float
+
+
+class IgnoredGene(Answered):
+    """A name in `counts` that gave no token."""
+
+    gene: str
+    reason: Reason
+
+
+class Ignored(Answered):
+    """Everything of a cell that was not used. The counts are complete; the list is cut at a limit."""
+
+    n: int
+    unknown: int
+    no_median: int
+    zero: int
+    genes: list[IgnoredGene]
+
+
+class Merged(Answered):
+    """Several names of one gene, whose counts were summed."""
+
+    gene: str
+    names: list[str]
+
+
+class CellFacts(Answered):
+    """What became of one cell."""
+
+    id: str | None
+    n_genes: int = Field(description="Genes that were ranked, before cropping.")
+    n_tokens: int = Field(description="Tokens the model saw, <cls> and <eos> included.")
+    cropped: bool = Field(description="Whether genes fell out of the model's window.")
+    ignored: Ignored
+    merged: list[Merged]
+
+
+class EmbeddedCell(CellFacts):
+    """One cell and its embedding."""
+
+    embedding: list[float]
+
+
+class EmbeddingsAnswered(Answered):
+    """Embeddings, in the order of the request."""
+
+    provenance: Provenance
+    layer: Layer
+    pooling: Pooling
+    cells: list[EmbeddedCell]
+    timings_ms: Timings
+
+
+class FoundGene(Answered):
+    """An edited gene that the cell has, and its rank in it (0 = the first gene)."""
+
+    gene: str
+    rank: int
+
+
+class GeneShift(Answered):
+    """How far one gene's own embedding moved; null where the gene does not stand in both cells."""
+
+    gene: str
+    cosine: float | None
+    shift: float | None
+
+
+class EditAnswered(Answered):
+    """What one edit did to one cell. A gene that the cell lacks is an answer, not an error."""
+
+    kind: Kind
+    genes: list[str]
+    found: list[FoundGene]
+    absent: list[str]
+    cosine: float | None = Field(description="Cosine before and after; null where `reason` says why.")
+    shift: float | None = Field(description="1 - cosine.")
+    goal_shift: float | None = Field(description="Movement toward the goal; null when no goal was given.")
+    reason: str = Field(description="Why there is no cosine; empty otherwise.")
+    n_compared: int = Field(description="Genes that stand in both cells and were not edited.")
+    n_cut: int = Field(description="Lowest genes that had to leave a full window.")
+    n_refilled: int = Field(description="Genes that moved up into the window.")
+    gene_shifts: list[GeneShift]
+
+
+class PerturbedCell(CellFacts):
+    """One cell and its edits, in the order of the request."""
+
+    edits: list[EditAnswered]
+
+
+class PerturbationsAnswered(Answered):
+    """Edits of each cell, in the order of the request."""
+
+    provenance: Provenance
+    layer: Layer
+    measure: Measure
+    cells: list[PerturbedCell]
+    timings_ms: Timings
+
+
+class EncoderFacts(Answered):
+    """Shape of the model."""
+
+    width: int
+    layers: int
+    window: int
+    n_genes: int
+    has_cls: bool
+
+
+class InfoAnswered(Answered):
+    """What runs here, and what it allows."""
+
+    service: str
+    build: str
+    provenance: Provenance
+    encoder: EncoderFacts
+    lineage: dict[str, str | int | float | None]
+    choices: dict[str, list[str]]
+    limits: dict[str, float]
+
+
+class StatusAnswered(Answered):
+    """`alive` or `ready`."""
+
+    status: Literal["alive", "ready"]
+
+
+class ErrorFacts(Answered):
+    """One error: a stable code, a sentence, the id to quote, and where in the request."""
+
+    code: str
+    message: str
+    request_id: str
+    details: dict[str, Any] | None = None
+
+
+class ErrorAnswered(Answered):
+    """The body of every answer that is not 200."""
+
+    error: ErrorFacts

@@ -1,0 +1,228 @@
+"""What a screen found of a planted truth: shifts with a known answer must be judged so, and noise must not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from genescale.platform.errors import InputError
+from genescale.serving.demo.estimates import rank_auc
+from genescale.serving.demo.truth import TruthResult, evaluate_truth, screen_edits
+from genescale.serving.demo.verdicts import headline, verdicts
+
+REGULATORS = [f"R{at}" for at in range(8)]
+UNRELATED = [f"U{at}" for at in range(30)]
+
+
+def planted() -> dict[str, Any]:
+    """Eight regulators with four direct and four indirect targets each; R0 and R1, R2 and R3 … are pairs."""
+    edges, pairs = [], []
+    for regulator in REGULATORS:
+        edges += [
+            {"regulator": regulator, "target": f"D{regulator}{j}", "class": "direct", "via": ""} for j in range(4)
+        ]
+        edges.append({"regulator": regulator, "target": f"M{regulator}", "class": "direct", "via": ""})
+        for j in range(4):
+            target = f"I{regulator}{j}"
+            edges.append({"regulator": f"M{regulator}", "target": target, "class": "direct", "via": ""})
+            edges.append({"regulator": regulator, "target": target, "class": "indirect", "via": f"M{regulator}"})
+    for at in range(0, 8, 2):
+        pairs.append({"regulators": [REGULATORS[at], REGULATORS[at + 1]], "targets": [f"C{at}{j}" for j in range(3)]})
+    genes = {e["target"] for e in edges} | {g for p in pairs for g in p["targets"]} | set(REGULATORS)
+    return {
+        "regulators": REGULATORS,
+        "mediators": [f"M{regulator}" for regulator in REGULATORS],
+        "edges": edges,
+        "pairs": pairs,
+        "unrelated": UNRELATED,
+        "genes": [{"id": gene, "role": "x"} for gene in sorted(genes)]
+        + [{"id": gene, "role": "background" if at >= 5 else "housekeeping"} for at, gene in enumerate(UNRELATED)],
+    }
+
+
+def screened(
+    truth: dict[str, Any],
+    *,
+    direct: float = 0.0,
+    indirect: float = 0.0,
+    shared_single: float = 0.0,
+    shared_both: float = 0.0,
+    labile_targets: float = 0.0,
+    seed: int = 0,
+    controls: int = 8,
+    pairs: bool = True,
+) -> pl.DataFrame:
+    """Shifts as a screen would give them: a base for all, noise, and the effects asked for."""
+    noise = np.random.default_rng(seed)
+    reach = {(e["regulator"], e["target"]): e["class"] for e in truth["edges"]}
+    targets = {e["target"] for e in truth["edges"]}
+    shared = {gene: pair["regulators"] for pair in truth["pairs"] for gene in pair["targets"]}
+    rows = []
+    for edit in screen_edits(truth, controls=controls, pairs=pairs):
+        parts = edit.split("+")
+        for gene in (g["id"] for g in truth["genes"]):
+            if gene in parts:
+                continue
+            shift = 0.02 * len(parts) + noise.normal(0, 0.002)
+            shift += labile_targets * (gene in targets)
+            for part in parts:
+                shift += {"direct": direct, "indirect": indirect, None: 0.0}[reach.get((part, gene))]
+            hit = len(set(shared.get(gene, [])) & set(parts))
+            shift += {0: 0.0, 1: shared_single, 2: shared_both}[hit]
+            rows.append((edit, gene, 40, shift))
+    return pl.DataFrame(rows, schema=["gene_id", "affected_gene_id", "n_cells", "mean_shift"], orient="row")
+
+
+def ordering(result: TruthResult, more: str, less: str) -> Any:
+    return next(one for one in result.orderings if (one.more, one.less) == (more, less))
+
+
+def test_a_planted_order_is_found_with_its_size() -> None:
+    truth = planted()
+    result = evaluate_truth(screened(truth, direct=0.02, indirect=0.01), truth)
+    assert result.n_regulators == 8
+    assert result.n_controls == 8
+    assert result.share_ordered_raw == result.share_ordered_matched == 1.0
+    for more, less in (("direct", "indirect"), ("indirect", "unrelated")):
+        found = ordering(result, more, less)
+        assert found.raw.above_zero
+        assert found.matched.above_zero
+        assert found.raw.low < found.raw.mean < found.raw.high
+    # The mediator is a direct target too: 5 direct and 4 indirect targets of each of 8 regulators.
+    assert result.classes["direct"].n_pairs == 40
+    assert result.classes["indirect"].n_pairs == 32
+    assert result.classes["direct"].shift.mean == pytest.approx(0.04, abs=0.002)
+    assert result.classes["direct"].excess.mean == pytest.approx(0.02, abs=0.002)
+    assert result.classes["unrelated"].excess.mean == pytest.approx(0.0, abs=0.002)
+    assert ordering(result, "direct", "unrelated").auc_raw > 0.99
+    assert headline(result).startswith("direct > indirect > unrelated: found (100 % of 8 regulators")
+    assert sum(sentence.startswith("Found") for sentence in verdicts(result)) >= 6
+
+
+def test_noise_alone_is_not_found() -> None:
+    truth = planted()
+    found = 0
+    for seed in range(10):
+        result = evaluate_truth(screened(truth, seed=seed), truth)
+        found += sum(one.raw.above_zero + one.matched.above_zero for one in result.orderings)
+        assert ordering(result, "direct", "unrelated").auc_raw == pytest.approx(0.5, abs=0.15)
+    # A 95 % interval lies above 0 by chance in one of 40 cases, a little more often with eight regulators.
+    assert found <= 10
+    assert "not found" in headline(evaluate_truth(screened(truth), truth))
+
+
+def test_genes_that_every_deletion_moves_are_no_evidence_for_a_regulator() -> None:
+    truth = planted()
+    result = evaluate_truth(screened(truth, labile_targets=0.03), truth)
+    assert ordering(result, "direct", "unrelated").raw.above_zero
+    assert not ordering(result, "direct", "unrelated").matched.above_zero
+    assert result.classes["direct"].excess.mean == pytest.approx(0.0, abs=0.002)
+
+
+def test_an_effect_that_targets_own_stability_hides_is_found_against_controls() -> None:
+    truth = planted()
+    result = evaluate_truth(screened(truth, direct=0.02, indirect=0.01, labile_targets=-0.03), truth)
+    assert ordering(result, "direct", "unrelated").raw.below_zero
+    assert ordering(result, "direct", "unrelated").matched.above_zero
+    assert "found against control deletions only" not in headline(evaluate_truth(screened(truth), truth))
+    assert "found against control deletions only" in headline(result)
+    opposite = [sentence for sentence in verdicts(result) if sentence.startswith("The opposite was found")]
+    assert any("direct targets more than unrelated genes" in sentence for sentence in opposite)
+
+
+def test_a_reversed_order_is_called_so() -> None:
+    truth = planted()
+    result = evaluate_truth(screened(truth, direct=-0.01), truth)
+    assert ordering(result, "direct", "indirect").raw.below_zero
+    assert any(sentence.startswith("The opposite was found") for sentence in verdicts(result))
+    assert not any(sentence.startswith("Found: deleting a regulator moves its direct") for sentence in verdicts(result))
+
+
+@pytest.mark.parametrize(
+    ("single", "both", "beyond_larger", "beyond_sum"),
+    [(0.01, 0.04, True, True), (0.02, 0.03, True, False), (0.02, 0.02, False, False)],
+)
+def test_pairs_are_compared_with_their_single_deletions(
+    single: float, both: float, beyond_larger: bool, beyond_sum: bool
+) -> None:
+    truth = planted()
+    result = evaluate_truth(screened(truth, shared_single=single, shared_both=both), truth)
+    assert result.pairs is not None
+    assert result.pairs.both.n == 4
+    assert result.pairs.both.mean == pytest.approx(both, abs=0.003)
+    assert result.pairs.sum_of_singles.mean == pytest.approx(2 * single, abs=0.004)
+    assert result.pairs.beyond_larger.above_zero is beyond_larger
+    assert result.pairs.beyond_sum.above_zero is beyond_sum
+    texts = [text for text in verdicts(result) if "both regulators of a pair" in text]
+    assert [text.startswith("Found") for text in texts] == [beyond_larger, beyond_sum]
+
+
+def test_the_order_of_a_pair_does_not_matter() -> None:
+    truth = planted()
+    table = screened(truth, shared_both=0.04)
+    turned = table.with_columns(
+        gene_id=pl.col("gene_id").map_elements(lambda text: "+".join(reversed(text.split("+"))), return_dtype=pl.String)
+    )
+    assert evaluate_truth(turned, truth) == evaluate_truth(table, truth)
+
+
+def test_a_screen_without_pairs_or_controls_says_nothing_about_them() -> None:
+    truth = planted()
+    result = evaluate_truth(screened(truth, direct=0.02, controls=0, pairs=False), truth)
+    assert result.pairs is None
+    assert result.n_controls == 0
+    assert not any("pair" in sentence for sentence in verdicts(result))
+    # The other regulators still are controls.
+    assert result.classes["direct"].excess.mean == pytest.approx(0.02, abs=0.003)
+
+
+def test_two_regulators_are_too_few_for_a_verdict() -> None:
+    truth = planted()
+    table = screened(truth, direct=0.02, pairs=False).filter(pl.col("gene_id").is_in(["R0", "R1", *UNRELATED]))
+    result = evaluate_truth(table, truth)
+    assert result.n_regulators == 2
+    assert all(sentence.startswith("Not tested") for sentence in verdicts(result))
+
+
+def test_genes_seen_in_few_cells_are_left_out() -> None:
+    truth = planted()
+    table = screened(truth, direct=0.02)
+    wild = table.with_columns(
+        mean_shift=pl.when(pl.col("affected_gene_id") == "DR00").then(9.0).otherwise(pl.col("mean_shift")),
+        n_cells=pl.when(pl.col("affected_gene_id") == "DR00").then(2).otherwise(pl.col("n_cells")),
+    )
+    result = evaluate_truth(wild, truth)
+    assert result.classes["direct"].n_pairs == 39
+    assert result.classes["direct"].shift.mean < 0.1
+
+
+def test_the_same_table_and_seed_give_the_same_result() -> None:
+    truth = planted()
+    table = screened(truth, direct=0.02)
+    assert evaluate_truth(table, truth) == evaluate_truth(table.sample(fraction=1.0, shuffle=True, seed=1), truth)
+
+
+def test_edits_are_regulators_controls_and_pairs() -> None:
+    truth = planted()
+    edits = screen_edits(truth, controls=5)
+    assert edits[:8] == tuple(REGULATORS)
+    assert set(edits[8:13]) <= set(UNRELATED[5:])
+    assert len(set(edits)) == 8 + 5 + 4
+    assert edits[-1] == "R6+R7"
+
+
+def test_a_table_that_cannot_be_judged_is_refused() -> None:
+    truth = planted()
+    with pytest.raises(InputError, match="lacks mean_shift"):
+        evaluate_truth(screened(truth).drop("mean_shift"), truth)
+    with pytest.raises(InputError, match="none of the planted regulators"):
+        evaluate_truth(screened(truth).filter(pl.col("gene_id").is_in(UNRELATED)), truth)
+
+
+def test_rank_auc() -> None:
+    assert rank_auc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1.0
+    assert rank_auc(np.array([1.0]), np.array([1.0, 0.0])) == 0.75
+    assert np.isnan(rank_auc(np.array([]), np.array([1.0])))

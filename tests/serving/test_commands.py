@@ -1,0 +1,156 @@
+"""`genescale serve`: its options, its OpenAPI document, and a whole life as a process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from genescale.platform.errors import InputError, SettingsError, UnauthorizedError
+from genescale.platform.settings import Secret
+from genescale.serving.client import GenescaleClient
+from genescale.serving.commands import openapi_text, serve, serving_config
+from genescale.serving.config import Limits, ServingConfig
+
+if TYPE_CHECKING:
+    from genescale.platform.bundle import Bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "a-service-key-0123456789abcdef"
+
+
+def options(**given: Any) -> argparse.Namespace:
+    names = ("host", "port", "replicas", "num_cpus", "num_gpus", "tokens_per_batch", "cache", "config", "api_key_env")
+    return argparse.Namespace(**{**dict.fromkeys(names), **given})
+
+
+def test_defaults_are_those_of_the_config() -> None:
+    assert serving_config(options(), {}) == ServingConfig()
+
+
+def test_options_win_over_the_file_and_keys_come_from_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "serving.toml"
+    file.write_text("port = 9000\nreplicas = 2\n[limits]\nmax_cells = 7\n")
+    given = options(config=str(file), port=0, api_key_env="KEYS")
+    config = serving_config(given, {"KEYS": f"{KEY}, another-key-0123456789abc"})
+    assert (config.port, config.replicas) == (0, 2)
+    assert config.limits == Limits(max_cells=7)
+    assert config.api_keys == (Secret(KEY), Secret("another-key-0123456789abc"))
+    assert KEY not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prot = 1", "port"),
+        ("port = 70000", "65535"),
+        ("replicas = 0", "replicas"),
+        ("num_cpus = 0", "num_cpus"),
+        ("tokens_per_batch = 0", "tokens_per_batch"),
+        ("max_queued = -1", "max_queued"),
+        ("api_keys = ['short']", "16"),
+        ("api_keys = ['ключ-длиннее-16-знаков']", "ASCII"),
+        ("[limits]\nmax_cells = 0", "max_cells"),
+        ("[limits]\nmax_cell = 5", "max_cells"),
+        ("[limits]\ndeadline_s = -1", "deadline_s"),
+    ],
+)
+def test_impossible_configs_are_refused_with_the_reason(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "serving.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=said):
+        serving_config(options(config=str(file)), {})
+
+
+@pytest.mark.parametrize("environment", [{}, {"KEYS": ""}, {"KEYS": "  "}, {"KEYS": "short"}])
+def test_an_empty_or_short_key_never_opens_a_service(environment: dict[str, str]) -> None:
+    with pytest.raises(SettingsError):
+        serving_config(options(api_key_env="KEYS"), environment)
+
+
+def test_a_service_without_a_model_is_refused() -> None:
+    with pytest.raises(SettingsError, match="MODEL"):
+        serve([])
+
+
+def test_the_committed_openapi_document_is_the_one_of_this_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve(["--openapi"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == openapi_text()
+    committed = (ROOT / "docs" / "openapi.json").read_text(encoding="utf-8")
+    assert committed == printed, "run: genescale serve --openapi > docs/openapi.json"
+
+
+def test_a_serve_config_file_builds_the_same_application(bundle: Bundle, tmp_path: Path) -> None:
+    from genescale.serving.app import application
+
+    settings = tmp_path / "genescale.toml"
+    settings.write_text("")
+    built = application({"model": str(bundle.folder), "settings": str(settings), "replicas": 2})
+    assert type(built).__name__ == "Application"
+    with pytest.raises(SettingsError, match="model"):
+        application({"settings": str(settings)})
+    with pytest.raises(InputError, match="replicas"):
+        application({"model": str(bundle.folder), "settings": str(settings), "replica": 2})
+
+
+def test_it_serves_until_it_is_told_to_stop_and_leaves_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    environment = {**os.environ, "KEYS": KEY, "TMPDIR": str(tmp_path), "GENESCALE_CLUSTER__NUM_CPUS": "2"}
+    command = [sys.executable, "-m", "genescale.platform.cli", "serve", str(bundle.folder), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--api-key-env", "KEYS"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if "Ctrl-C" in line:
+                break
+        (url,) = set(re.findall(r"http://127\.0\.0\.1:\d+", said))
+        assert bundle.digest[:12] in said
+        with GenescaleClient(url, api_key=KEY) as client:
+            assert client.ready()
+            assert client.embeddings([{"GENE1": 2}]).embeddings.shape == (1, 16)
+        with GenescaleClient(url) as stranger, pytest.raises(UnauthorizedError):
+            stranger.info()
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        # Ray's processes share the session of the command; whatever is left of it is ours to end.
+        left = session_members(process.pid)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 0
+    assert "stopping" in out
+    assert left == []
+    for text in (said, out, err):
+        assert KEY not in text
+        assert "Traceback" not in text
+
+
+def session_members(session: int) -> list[int]:
+    """Running processes of a session, by the fields of /proc that are there without any library."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, *_, member_of = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue
+            if int(member_of) == session and state != "Z":
+                found.append(int(entry.name))
+    return found

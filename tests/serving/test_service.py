@@ -1,0 +1,208 @@
+"""A real service: Ray Serve, its proxy, a model replica, and the typed client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+
+from genescale.perturbation.perturb import EditRequest, perturb_cell
+from genescale.platform import errors
+from genescale.platform.settings import Secret, Settings
+from genescale.platform.vocabulary import Vocabulary
+from genescale.serving.client import GenescaleClient
+from genescale.serving.config import Limits, ServingConfig
+
+if TYPE_CHECKING:
+    from genescale.platform.bundle import Bundle
+    from genescale.serving.app import RunningService
+    from genescale.training.embedder import Embedder
+
+KEY = "a-service-key-0123456789abcdef"
+PLACES = 4
+DrawCell = Callable[[int, int], dict[str, float]]
+Tokens = Callable[[Mapping[str, float]], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def running(
+    ray_local: None, bundle: Bundle, settings_for: Callable[[Path], Settings], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningService]:
+    """One service for this module, with few places, a small budget and a key; nothing of it may be left afterwards."""
+    from ray import serve
+    from ray.util import list_named_actors
+
+    from genescale.serving.app import service
+
+    before = list_named_actors(all_namespaces=True)
+    config = ServingConfig(
+        port=0,
+        max_ongoing=PLACES // 2,
+        max_queued=PLACES // 2,
+        tokens_per_batch=200,
+        api_keys=(Secret(KEY),),
+        limits=Limits(max_body_bytes=1_000_000),
+    )
+    with service(bundle, config, settings_for(tmp_path_factory.mktemp("service"))) as up:
+        yield up
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{up.url}/healthz")
+    assert not serve.status().proxies
+    assert list_named_actors(all_namespaces=True) == before
+
+
+@pytest.fixture
+def alike(embedder: Embedder) -> Iterator[Embedder]:
+    """The embedder in this process, on as many threads as the replica has: sums depend on their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield embedder
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def client(running: RunningService) -> Iterator[GenescaleClient]:
+    with GenescaleClient(running.url, api_key=KEY) as client:
+        yield client
+
+
+def test_it_is_ready_when_it_says_so(running: RunningService, client: GenescaleClient, bundle: Bundle) -> None:
+    assert client.ready()
+    info = client.info()
+    assert info["provenance"]["model"] == {"name": "tiny-encoder", "version": "unregistered", "digest": bundle.digest}
+    assert info["limits"]["max_body_bytes"] == 1_000_000
+    assert httpx.get(f"{running.url}/healthz").json() == {"status": "alive"}
+
+
+def test_embeddings_are_those_of_the_embedder_bit_for_bit(
+    client: GenescaleClient, bundle: Bundle, alike: Embedder, draw_cell: DrawCell, tokens_of: Tokens
+) -> None:
+    cells = [draw_cell(seed, 1 + 7 * seed) for seed in range(12)]
+    answer = client.embeddings([{"id": str(at), "counts": cell} for at, cell in enumerate(cells)], layer="last")
+    assert answer.embeddings.dtype == np.float32
+    assert np.array_equal(answer.embeddings, alike.embed_cells([tokens_of(cell) for cell in cells], layer="last"))
+    assert [cell.id for cell in answer.cells] == [str(at) for at in range(12)]
+    assert (answer.model.digest, answer.model.corpus_version) == (bundle.digest, 7)
+    assert answer.model.vocabulary_digest == bundle.vocabulary.digest
+    assert answer.timings_ms.forward > 0
+
+
+def test_perturbations_are_those_of_perturb_cell_bit_for_bit(
+    client: GenescaleClient, alike: Embedder, vocabulary: Vocabulary, draw_cell: DrawCell, tokens_of: Tokens
+) -> None:
+    counts, genes, watched = draw_cell(5, 90), [f"GENE{i}" for i in range(30)], ["GENE3", "GENE40"]
+    answer = client.perturbations(
+        [counts], [{"kind": "delete", "genes": [gene]} for gene in genes], measure="cls", gene_shifts=watched
+    )
+    requests = [EditRequest(kind="delete", genes=(vocabulary.token(gene),)) for gene in genes]
+    watched_tokens = [vocabulary.token(gene) for gene in watched]
+    direct = perturb_cell(alike, tokens_of(counts), requests, measure="cls", gene_shifts_of=watched_tokens)
+    (cell,) = answer.cells
+    assert [edit.cosine for edit in cell.edits] == [one.cosine for one in direct]
+    assert [list(edit.found.values()) for edit in cell.edits] == [list(one.found.values()) for one in direct]
+    for edit, one in zip(cell.edits, direct, strict=True):
+        assert [gene.cosine for gene in edit.gene_shifts] == [one.gene_cosines.get(token) for token in watched_tokens]
+    assert cell.report.cropped
+
+
+def test_requests_that_share_passes_get_the_answers_they_would_get_alone(
+    client: GenescaleClient, alike: Embedder, draw_cell: DrawCell, tokens_of: Tokens
+) -> None:
+    cells = [draw_cell(seed, 5 + seed) for seed in range(30)]
+    layers = ["last", "second_to_last"]
+
+    def ask(at: int) -> np.ndarray:
+        return client.embeddings([cells[at]], layer=layers[at % 2]).embeddings
+
+    with ThreadPoolExecutor(PLACES) as threads:
+        answers = list(threads.map(ask, range(len(cells))))
+    for at, (answer, cell) in enumerate(zip(answers, cells, strict=True)):
+        layer: Any = layers[at % 2]
+        assert np.array_equal(answer, alike.embed_cells([tokens_of(cell)], layer=layer))
+
+
+def test_a_flood_is_refused_quickly_and_what_is_accepted_is_answered(
+    running: RunningService, client: GenescaleClient, draw_cell: DrawCell
+) -> None:
+    cells, edits = [draw_cell(1, 90)] * 4, [{"kind": "delete", "genes": [f"GENE{i}"]} for i in range(60)]
+    expected = [edit.cosine for edit in client.perturbations(cells, edits).cells[0].edits]
+
+    def ask(_: int) -> list[float | None] | str:
+        with GenescaleClient(running.url, api_key=KEY, attempts=1, timeout_s=60) as impatient:
+            try:
+                return [edit.cosine for edit in impatient.perturbations(cells, edits).cells[0].edits]
+            except errors.OverloadedError as error:
+                return error.code
+
+    with ThreadPoolExecutor(24) as threads:
+        answers = list(threads.map(ask, range(24)))
+    answered = [answer for answer in answers if answer != "overloaded"]
+    assert len(answered) >= 2
+    assert len(answered) < len(answers)
+    assert all(answer == expected for answer in answered)
+    assert client.embeddings([draw_cell(1, 5)]).embeddings.shape == (1, 16)
+
+
+def test_patient_clients_all_get_their_answers(running: RunningService, draw_cell: DrawCell) -> None:
+    def ask(seed: int) -> tuple[int, ...]:
+        with GenescaleClient(running.url, api_key=KEY, attempts=20) as patient:
+            return patient.embeddings([draw_cell(seed, 40)] * 8).embeddings.shape
+
+    with ThreadPoolExecutor(12) as threads:
+        assert set(threads.map(ask, range(12))) == {(8, 16)}
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "said"),
+    [
+        (lambda c: c.embeddings([{"NOSUCH": 1}]), errors.InputError, "NOSUCH"),
+        (
+            lambda c: c.perturbations([{"GENE1": 1}], [{"kind": "delete", "genes": ["GENE44X"]}]),
+            errors.UnknownGeneError,
+            "GENE44",
+        ),
+        (lambda c: c.perturbations([{"GENE1": 1}], [{"kind": "melt", "genes": ["GENE1"]}]), errors.InputError, "kind"),
+        (lambda c: c.embeddings([{"GENE1": 1}] * 257), errors.LimitError, "256"),
+        (lambda c: c.embeddings([{"id": "x" * 250, "counts": {"GENE1": 1}}] * 5000), errors.LimitError, "1,000,000"),
+    ],
+    ids=["cell", "gene", "kind", "cells", "body"],
+)
+def test_the_client_raises_what_the_service_means(
+    client: GenescaleClient, call: Callable[[GenescaleClient], Any], kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=said) as caught:
+        call(client)
+    assert type(caught.value) is kind
+
+
+def test_only_the_right_key_opens(running: RunningService) -> None:
+    for key in (None, "not-the-key-0123456789abcdef"):
+        with GenescaleClient(running.url, api_key=key) as stranger:
+            assert stranger.ready()
+            with pytest.raises(errors.UnauthorizedError):
+                stranger.info()
+
+
+def test_a_response_carries_one_request_id_and_the_security_headers(running: RunningService) -> None:
+    for headers in ({}, {"X-Request-ID": "trace-9"}):
+        response = httpx.get(f"{running.url}/v1/info", headers=headers)
+        assert response.status_code == 401
+        assert len(response.headers.get_list("x-request-id")) == 1
+        assert response.json()["error"]["request_id"] == response.headers["x-request-id"]
+        assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["x-request-id"] == "trace-9"
+
+
+def test_a_second_service_on_the_same_cluster_is_refused(running: RunningService, bundle: Bundle) -> None:
+    from genescale.serving.app import start
+
+    with pytest.raises(errors.ClusterError, match="already runs"):
+        start(bundle, ServingConfig(port=0), Settings())
+    assert httpx.get(f"{running.url}/readyz").status_code == 200

@@ -1,0 +1,150 @@
+"""The training loop without Ray: it learns, measures honestly, and goes on from any checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from genescale.platform.errors import IntegrityError, SettingsError
+from genescale.platform.vocabulary import Vocabulary
+from genescale.training.batches import MemoryCells
+from genescale.training.engine import OptimizerConfig, TorchEngine
+from genescale.training.loop import LoopResult, Row, RunPlan, TrainState, curve, train_loop
+from genescale.training.model import new_model
+from genescale.training.recipe import EncoderShape, PretrainConfig
+
+Rows = dict[int, dict[str, float]]
+Finished = tuple[Path, LoopResult, Rows]
+GENES = 40
+CONFIG = PretrainConfig(
+    encoder=EncoderShape(width=32, layers=1, heads=2, feed_forward=64),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
+    steps=25,
+    token_budget=256,
+    lanes=2,
+    held_out_cells=20,
+    evaluate_every=10,
+    checkpoint_every=10,
+    log_every=4,
+)
+
+
+@pytest.fixture(scope="module")
+def source() -> MemoryCells:
+    """Cells of two kinds, each with its own genes in nearly the same order: something to learn."""
+    vocabulary = Vocabulary.build([f"ENSG{i:011d}" for i in range(GENES)], np.ones(GENES), window=32, name="test")
+    draws = np.random.default_rng(0)
+    cells = []
+    for number in range(300):
+        genes = np.arange(20) + 20 * (number % 2)
+        order = np.argsort(np.arange(20) + draws.normal(0, 1.5, 20))[: draws.integers(10, 21)]
+        cells.append(np.r_[2, genes[order] + 4, 3].astype(np.uint16))
+    return MemoryCells(cells, vocabulary)
+
+
+def engine_for(source: MemoryCells, plan: RunPlan) -> TorchEngine:
+    model = new_model(CONFIG.encoder.for_vocabulary(source.vocabulary), seed=CONFIG.seed)
+    return TorchEngine(model, CONFIG.optimizer, total_steps=plan.total_steps)
+
+
+def run(source: MemoryCells, folder: Path, start_from: Path | None = None) -> tuple[LoopResult, Rows]:
+    plan = RunPlan.of(CONFIG, source)
+    engine, rows = engine_for(source, plan), Rows()
+    start = TrainState()
+    if start_from:
+        start = TrainState.read(start_from)
+        engine.resume(start_from)
+
+    def on_rows(new: list[Row]) -> None:
+        for step, values in new:
+            rows.setdefault(step, {}).update(values)
+
+    def on_checkpoint(state: TrainState) -> None:
+        here = folder / f"step_{state.steps}"
+        engine.save(here)
+        state.write(here)
+
+    return train_loop(engine, source, plan, CONFIG, start=start, on_rows=on_rows, on_checkpoint=on_checkpoint), rows
+
+
+@pytest.fixture(scope="module")
+def finished(source: MemoryCells, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("run")
+    return folder, *run(source, folder)
+
+
+def test_the_held_out_loss_falls(finished: Finished) -> None:
+    _, result, _ = finished
+    before, after = result.state.before, result.state.after
+    assert before is not None
+    assert after is not None
+    assert after.loss < 0.8 * before.loss
+
+
+def test_every_step_is_measured_once(finished: Finished) -> None:
+    _, result, rows = finished
+    assert [step for step, _ in curve(rows, "loss")] == list(range(1, 26))
+    assert [step for step, _ in curve(rows, "held_out_loss")] == [0, 10, 20, 25]
+    assert rows[25]["held_out_loss"] == result.state.after.loss if result.state.after else False
+    assert rows[3]["learning_rate"] == pytest.approx(1e-2)
+    for step, share in curve(rows, "data_wait_share"):
+        assert 0 <= share <= 1, step
+    assert result.tokens_per_s > 0
+
+
+def test_tokens_are_those_of_the_plan(source: MemoryCells, finished: Finished) -> None:
+    training = RunPlan.of(CONFIG, source).training
+    expected = sum(
+        int(source.lengths[training.epoch(epoch).step_cells(step)].sum())
+        for epoch, step in (training.locate(done) for done in range(25))
+    )
+    assert finished[1].tokens == expected
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_run_goes_on_from_a_checkpoint_with_the_same_curve(
+    source: MemoryCells, finished: Finished, tmp_path: Path, step: int
+) -> None:
+    folder, whole, rows = finished
+    result, rest = run(source, tmp_path, start_from=folder / f"step_{step}")
+    assert curve(rest, "loss") == curve(rows, "loss")[step:]
+    assert result.state == whole.state
+
+
+def test_a_finished_run_has_nothing_left_to_do(source: MemoryCells, finished: Finished, tmp_path: Path) -> None:
+    folder, whole, _ = finished
+    result, rows = run(source, tmp_path, start_from=folder / "step_25")
+    assert (result.tokens, rows, list(tmp_path.iterdir())) == (0, {}, [])
+    assert result.state == whole.state
+
+
+def test_held_out_cells_are_never_trained_on(source: MemoryCells) -> None:
+    plan = RunPlan.of(CONFIG, source)
+    assert plan.held_out is not None
+    assert len(plan.held_out.cells) == 20
+    assert not set(plan.held_out.cells) & set(plan.training.epoch(0).order)
+
+
+def test_a_corpus_too_small_to_hold_cells_back(source: MemoryCells) -> None:
+    few = MemoryCells(source.tokens(range(8)), source.vocabulary)
+    plan = RunPlan.of(CONFIG, few)
+    engine = engine_for(few, plan)
+    result = train_loop(engine, few, plan, CONFIG)
+    assert (result.state.before, result.state.after, result.state.steps) == (None, None, 25)
+
+
+def test_epochs_are_counted_in_steps(source: MemoryCells) -> None:
+    plan = RunPlan.of(PretrainConfig(**{**CONFIG.__dict__, "steps": 0, "epochs": 2}), source)
+    assert plan.total_steps == plan.training.epoch(0).n_steps + plan.training.epoch(1).n_steps
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="checkpoint"):
+        TrainState.read(tmp_path)
+
+
+def test_a_budget_below_the_longest_cell_is_refused(source: MemoryCells) -> None:
+    with pytest.raises(SettingsError, match="token_budget"):
+        RunPlan.of(PretrainConfig(token_budget=5), source)

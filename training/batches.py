@@ -1,0 +1,316 @@
+"""The batch plan: which cells form which micro-batch, and the packed micro-batches made from it.
+
+The plan is a pure function of (lengths, seed, epoch, token budget, lanes). Cells are shuffled, then cut into
+micro-batches of at most `token_budget` tokens; step s takes micro-batches s x lanes ... (s + 1) x lanes - 1, one per
+lane. `lanes` is fixed in the config; worker r of w computes lanes r, r + w, ... one after the other and adds their
+gradients. So the optimiser sees the same global batches whatever the number of workers, and a run can say at any step
+which cells it has seen. In one epoch every cell occurs once; lanes of the last step may be empty.
+
+Shuffling is in blocks: blocks of neighbouring cells are put in random order, and cells are shuffled across groups of
+them. A corpus of up to BLOCK_CELLS x BLOCKS cells is one group, a full shuffle. A larger one does not fit in memory,
+and a full shuffle would decode a Parquet part for every cell.
+
+Axes: n cells of the corpus, b cells of a micro-batch, t its tokens, m its masked positions.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from genescale.platform.errors import CorpusError, SettingsError
+from genescale.platform.vocabulary import Vocabulary
+from genescale.training.masking import Masking
+from genescale.training.model import PackedBatch, pack
+
+if TYPE_CHECKING:
+    from genescale.ingestion.corpus import Corpus
+
+Item = TypeVar("Item")
+BLOCK_CELLS, BLOCKS = 16_384, 16
+# Keys of the streams drawn from one seed; masking has its own.
+_ORDER_STREAM, _HELD_OUT_STREAM, _DROPOUT_STREAM = 2, 3, 4
+
+
+class CellSource(Protocol):
+    """Where cells come from: a pinned corpus, or cells in memory."""
+
+    vocabulary: Vocabulary
+    lengths: npt.NDArray[np.int64]
+    """(n) tokens of each cell."""
+
+    def tokens(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """The tokens of these cells, in this order."""
+
+
+class MemoryCells:
+    """Cells held in memory: for tests, notebooks and benchmarks without a corpus."""
+
+    def __init__(self, cells: Sequence[npt.ArrayLike], vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._cells = [np.asarray(cell) for cell in cells]
+        self.lengths = np.array([len(cell) for cell in self._cells], dtype=np.int64)
+
+    def tokens(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """The tokens of these cells, in this order."""
+        return [self._cells[index] for index in indices]
+
+
+class CorpusCells:
+    """The cells of one pinned version of a corpus, read as they are needed."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.vocabulary = corpus.vocabulary
+        self.lengths = corpus.cells(["length"])["length"].to_numpy().astype(np.int64)
+        self._corpus = corpus
+
+    def tokens(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """The tokens of these cells, in this order."""
+        return self._corpus.tokens(indices)
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """One epoch: the shuffled cells and where micro-batches begin."""
+
+    order: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    """Rising positions in `order`; micro-batch i is order[starts[i]:starts[i + 1]]."""
+    lanes: int
+
+    @property
+    def n_steps(self) -> int:
+        """Optimiser steps of this epoch."""
+        return -(-(len(self.starts) - 1) // self.lanes)
+
+    def micro_batch(self, step: int, lane: int) -> npt.NDArray[np.int64]:
+        """Cells of one lane in one step; empty when the last step does not fill every lane."""
+        number = step * self.lanes + lane
+        if number >= len(self.starts) - 1:
+            return self.order[:0]
+        return self.order[self.starts[number] : self.starts[number + 1]]
+
+    def step_cells(self, step: int) -> npt.NDArray[np.int64]:
+        """Cells of all lanes in one step."""
+        first, last = step * self.lanes, min((step + 1) * self.lanes, len(self.starts) - 1)
+        return self.order[self.starts[first] : self.starts[last]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchPlan:
+    """The plan of every epoch over `cells` (indices into `lengths`)."""
+
+    lengths: npt.NDArray[np.int64]
+    cells: npt.NDArray[np.int64]
+    seed: int
+    token_budget: int
+    """Tokens in a micro-batch at most."""
+    lanes: int
+    """Micro-batches in an optimiser step."""
+
+    def __post_init__(self) -> None:
+        if self.lanes < 1:
+            raise SettingsError(f"lanes is {self.lanes}.", fix="Use 1 or more.")
+        if len(self.cells) == 0:
+            raise CorpusError("there are no cells to train on.", fix="Ingest some, or hold out fewer.")
+        longest = int(self.lengths[self.cells].max())
+        if longest > self.token_budget:
+            raise SettingsError(
+                f"token_budget {self.token_budget} is smaller than the longest cell ({longest} tokens).",
+                fix=f"Use a token_budget of at least {longest}; a multiple of it wastes less.",
+            )
+
+    def epoch(self, epoch: int) -> EpochPlan:
+        """The plan of one epoch; the same arguments give the same plan on every machine."""
+        return _epoch_plan(self, epoch)
+
+    def n_steps(self, epochs: int) -> int:
+        """Optimiser steps of the first `epochs` epochs."""
+        return sum(self.epoch(epoch).n_steps for epoch in range(epochs))
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it) of the optimiser step after `step` steps."""
+        epoch = 0
+        while step >= self.epoch(epoch).n_steps:
+            step -= self.epoch(epoch).n_steps
+            epoch += 1
+        return epoch, step
+
+
+@lru_cache(maxsize=4)
+def _epoch_plan(plan: BatchPlan, epoch: int) -> EpochPlan:
+    order = _shuffled(plan.cells, np.random.Philox(np.random.SeedSequence([plan.seed, _ORDER_STREAM, epoch])))
+    ends = np.concatenate([[0], np.cumsum(plan.lengths[order])])
+    starts = [0]
+    while starts[-1] < len(order):
+        starts.append(int(np.searchsorted(ends, ends[starts[-1]] + plan.token_budget, side="right")) - 1)
+    return EpochPlan(order, np.array(starts, dtype=np.int64), plan.lanes)
+
+
+def _shuffled(cells: npt.NDArray[np.int64], bits: np.random.Philox) -> npt.NDArray[np.int64]:
+    draws = np.random.Generator(bits)
+    block_starts = np.arange(0, len(cells), BLOCK_CELLS)
+    block_starts = block_starts[np.argsort(draws.random(len(block_starts)), kind="stable")]
+    groups = []
+    for first in range(0, len(block_starts), BLOCKS):
+        blocks = [cells[start : start + BLOCK_CELLS] for start in block_starts[first : first + BLOCKS]]
+        group = np.concatenate(blocks)
+        # Sorting uniform keys rests on the raw stream alone; `permutation` may change between NumPy releases.
+        groups.append(group[np.argsort(draws.random(len(group)), kind="stable")])
+    return np.concatenate(groups)
+
+
+def hold_out(n_cells: int, count: int, *, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(training cells, held-out cells), both rising: `count` random cells, never more than a tenth of them all."""
+    draws = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _HELD_OUT_STREAM]))).random(n_cells)
+    order = np.argsort(draws, kind="stable")
+    count = min(count, n_cells // 10)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Cells that are computed together, masked and packed."""
+
+    packed: PackedBatch
+    masked_positions: torch.Tensor
+    """(m) int64 indices into the stream."""
+    labels: torch.Tensor
+    """(m) int64 tokens that stood there."""
+    n_masked: int
+    """m, or 0 for an empty lane: its single token is computed for the sake of collectives and weighs nothing."""
+    dropout_seed: int
+    """Dropout of this micro-batch is drawn from this seed, on whichever worker it is computed."""
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch on `device`."""
+        positions, labels = (x.to(device, non_blocking=True) for x in (self.masked_positions, self.labels))
+        return MicroBatch(self.packed.to(device), positions, labels, self.n_masked, self.dropout_seed)
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """What one worker needs for one optimiser step, and the global counts of that step."""
+
+    step: int
+    """Steps done once this one is: the first is 1."""
+    epoch: int
+    micro_batches: tuple[MicroBatch, ...]
+    """The worker's lanes."""
+    masked: int
+    """Masked tokens of all lanes: what the loss is divided by."""
+    tokens: int
+    """Tokens of all lanes."""
+
+
+def micro_batch(
+    cells: Sequence[np.ndarray], indices: Sequence[int], masking: Masking, *, epoch: int, dropout_seed: int = 0
+) -> MicroBatch:
+    """Mask and pack cells; `indices` are their numbers in the corpus, which the masks depend on."""
+    if not len(indices):
+        mask = masking.vocabulary.mask
+        return MicroBatch(pack([np.array([mask])]), torch.zeros(1, dtype=torch.int64), torch.tensor([mask]), 0, 0)
+    masked = [masking.mask(c, epoch=epoch, cell=int(i)) for c, i in zip(cells, indices, strict=True)]
+    packed = pack([cell.tokens for cell in masked])
+    starts = np.concatenate([[0], np.cumsum(packed.lengths)])
+    positions = np.concatenate([cell.positions + start for cell, start in zip(masked, starts[:-1], strict=True)])
+    labels = np.concatenate([cell.labels for cell in masked])
+    return MicroBatch(packed, torch.from_numpy(positions), torch.from_numpy(labels), len(labels), dropout_seed)
+
+
+def check_workers(lanes: int, workers: int) -> None:
+    """SettingsError unless every worker gets the same number of lanes (DeepSpeed accumulates in step)."""
+    if lanes % workers:
+        raise SettingsError(
+            f"{lanes} lanes cannot be shared evenly by {workers} workers.",
+            fix=f"Use a number of workers that divides {lanes}, or change lanes (which changes the batches).",
+        )
+
+
+def step_batches(
+    source: CellSource, plan: BatchPlan, masking: Masking, *, rank: int, workers: int, first: int, last: int
+) -> Iterator[StepBatch]:
+    """The optimiser steps `first` + 1 ... `last` as worker `rank` of `workers` sees them."""
+    check_workers(plan.lanes, workers)
+    epoch, step = plan.locate(first) if first < last else (0, 0)
+    for done in range(first, last):
+        if step == plan.epoch(epoch).n_steps:
+            epoch, step = epoch + 1, 0
+        lanes = range(rank, plan.lanes, workers)
+        yield _step_batch(source, plan.epoch(epoch), masking, (epoch, step), done + 1, lanes)
+        step += 1
+
+
+def evaluation_batches(
+    source: CellSource, plan: BatchPlan, masking: Masking, *, rank: int, workers: int
+) -> Iterator[StepBatch]:
+    """Every cell of the plan once, with the same masks each time it is called."""
+    epoch = plan.epoch(0)
+    for step in range(epoch.n_steps):
+        yield _step_batch(source, epoch, masking, (0, step), step + 1, range(rank, plan.lanes, workers))
+
+
+def _step_batch(
+    source: CellSource, plan: EpochPlan, masking: Masking, place: tuple[int, int], done: int, lanes: range
+) -> StepBatch:
+    epoch, step = place
+    indices = [plan.micro_batch(step, lane) for lane in lanes]
+    seeds = [_dropout_seed(masking.seed, epoch, step, lane) for lane in lanes]
+    # One read for all lanes of the worker: they often share Parquet parts.
+    cells = iter(source.tokens([int(i) for lane in indices for i in lane]))
+    batches = [
+        micro_batch([next(cells) for _ in chosen], list(chosen), masking, epoch=epoch, dropout_seed=seed)
+        for chosen, seed in zip(indices, seeds, strict=True)
+    ]
+    lengths = source.lengths[plan.step_cells(step)]
+    return StepBatch(done, epoch, tuple(batches), int(masking.counts(lengths).sum()), int(lengths.sum()))
+
+
+def _dropout_seed(seed: int, epoch: int, step: int, lane: int) -> int:
+    return int(np.random.SeedSequence([seed, _DROPOUT_STREAM, epoch, step, lane]).generate_state(1, np.uint32)[0])
+
+
+def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
+    """The same items, made up to `depth` ahead by a thread; an error of theirs is raised here in its place."""
+    ready: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(kind: str, value: object) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put((kind, value), timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
+            put("error", error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "error":
+                raise value  # type: ignore[misc]
+            if kind == "end":
+                return
+            yield value  # type: ignore[misc]
+    finally:
+        stopped.set()
+        thread.join()
