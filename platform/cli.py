@@ -50,8 +50,10 @@ def command_parser(name: str, about: str, *, epilog: str = "") -> argparse.Argum
 def begin(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
     """Parse `argv`, load the settings it names and configure logging."""
     from genescale.platform import log
+    from genescale.platform.cluster import quiet_environment
     from genescale.platform.settings import load_settings
 
+    quiet_environment()
     arguments = parser.parse_args(list(argv))
     settings = load_settings(arguments.settings)
     log.configure(settings.log, secrets=(settings.storage.access_key_id, settings.storage.secret_access_key))

@@ -6,9 +6,9 @@ The rest of Genescale calls `ray_cluster(settings)` once, at the top of a comman
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,20 @@ QUIET_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray's memory monitor counts page cache of memory-mapped files against us on small machines.
     "RAY_DEDUP_LOGS": "1",
     # Serve's controller ends its own shutdown call by being killed, which Ray would print as a failed task.
     "RAY_DEDUP_LOGS_SKIP_REGEX": r"ServeController\.graceful_shutdown",
+    # Ray's C++ side would write its remarks on actors onto the user's terminal; errors reach us as exceptions.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 # A Unix socket path takes 107 bytes; Ray adds `/session_<date>_<pid>/sockets/plasma_store` (63) to the folder.
 LONGEST_TEMP_DIR = 42
+
+
+def quiet_environment() -> None:
+    """Set what Ray reads when it is imported; values that are set already stay. Commands call it before they start."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
@@ -40,8 +47,7 @@ def ray_cluster(settings: Settings) -> Iterator[None]:
     Raises ClusterError when Ray cannot be joined or started. When Ray is already connected in this process, the block
     uses that connection and leaves it as it is.
     """
-    for name, value in QUIET_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    quiet_environment()
     import ray
 
     if ray.is_initialized():
@@ -100,8 +106,28 @@ def _short_temp_dir(cluster: ClusterSettings) -> Iterator[str]:
     if len(str(chosen)) <= LONGEST_TEMP_DIR:
         yield str(chosen)
         return
-    # Ray keeps its sockets below this folder, and the system allows a socket path 107 bytes only.
-    with tempfile.TemporaryDirectory(prefix="gs") as holder:
-        link = Path(holder) / "r"
-        link.symlink_to(chosen, target_is_directory=True)
+    link = _short_link(chosen)
+    try:
         yield str(link)
+    finally:
+        link.unlink(missing_ok=True)
+
+
+def _short_link(chosen: Path) -> Path:
+    """A link to the folder, short enough for the sockets that Ray keeps below it.
+
+    It has the same name each time, so that one left by a killed run is used again; somebody else's is never followed.
+    """
+    name = hashlib.sha256(str(chosen).encode()).hexdigest()[:8]
+    link = Path("/tmp") / f"genescale-{name}"
+    if link.is_symlink() and link.lstat().st_uid == os.getuid():
+        link.unlink()
+    try:
+        link.symlink_to(chosen, target_is_directory=True)
+    except OSError as error:
+        raise ClusterError(
+            f"its path is too long for Ray's sockets, and no short link to it can be made: {error.strerror}.",
+            where=str(chosen),
+            fix=f"Choose a folder whose path has at most {LONGEST_TEMP_DIR} characters.",
+        ) from error
+    return link

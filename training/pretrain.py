@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from genescale.ingestion.corpus import Corpus
+from genescale.platform.address import parse
 from genescale.platform.bundle import Bundle, open_bundle, write_bundle
 from genescale.platform.errors import AlreadyExistsError, ClusterError, GenescaleError, SettingsError
 from genescale.platform.log import get_logger
@@ -99,7 +100,8 @@ def pretrain(
     check_workers(config.lanes, workers)
     plan = RunPlan.of(config, CorpusCells(corpus))
     name = run_name or _default_name(config, corpus)
-    home = join(storage_uri, name)
+    # Absolute: workers have another working folder.
+    home = join(parse(storage_uri).uri, name)
     _check_room(settings, workers, cpus_per_worker)
     _claim(store, home, _identity(config, corpus, workers))
     with tracker.run(name, params=_parameters(config, corpus, workers), tags={"stage": "pretrain"}) as run:

@@ -31,7 +31,9 @@ there is no endpoint: everything is written to that folder at once.
 
 def demo(argv: Sequence[str]) -> int:
     """Run `genescale demo`."""
+    from genescale.platform import log
     from genescale.platform.cli import begin, command_parser
+    from genescale.platform.settings import LogSettings
 
     parser = command_parser("demo", "Run the whole way once: from an atlas to answers and a report.", epilog=EPILOG)
     parser.add_argument("--work", default="genescale-work", metavar="FOLDER", help="the only folder written to")
@@ -46,6 +48,9 @@ def demo(argv: Sequence[str]) -> int:
     parser.add_argument("--recipe", default="", help="pretraining recipe: a name or a TOML file")
     parser.add_argument("--workers", type=int, default=0, help="training workers (default: one a processor, at most 2)")
     arguments, outside = begin(parser, argv)
+    if outside.log == LogSettings():
+        # The stage lines say what the log would.
+        log.configure(LogSettings(level="WARNING"))
 
     from genescale.serving.demo.plan import DemoConfig, digest_of, find_sources
     from genescale.serving.demo.work import open_work

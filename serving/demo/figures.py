@@ -102,5 +102,5 @@ def class_shifts(estimates: Mapping[str, Mapping[str, float]], path: Path) -> Pa
     axes.axvline(0, color=SOFT, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(estimates)), list(estimates))
     axes.set_ylim(len(estimates) - 0.5, -0.5)
-    axes.set_xlabel("excess shift (1 - cosine)")
+    axes.set_xlabel("log2 fold of the shift over control deletions")
     return _finish(figure, path)

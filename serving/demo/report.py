@@ -130,7 +130,11 @@ def _pretraining(demo: Demo, page: Page, folder: Path) -> None:
     if made["losses"]:
         steps, losses = zip(*made["losses"], strict=True)
         image = figures.loss_curve(steps, losses, held_out, folder / "loss.png")
-        page.figure(image, "Masked-gene loss during pretraining.")
+        page.figure(
+            image,
+            "Masked-gene loss during pretraining. Held-out cells are always measured with 15% of the genes hidden (of "
+            "those 80% by the mask, 10% by a random gene); a recipe may train with other shares.",
+        )
     recipe = made["recipe"]
     chosen = ("encoder.layers", "encoder.width", "encoder.heads", "optimizer.learning_rate", "token_budget", "lanes")
     page.table(["setting", "value"], [[name, recipe[name]] for name in chosen])

@@ -65,23 +65,23 @@ def describe_truth(truth: dict[str, Any], page: Page, folder: Path) -> None:
     page.text(
         "The atlas was simulated, so it is known which genes each regulator drives. Deleting a regulator shifts the "
         f"embedding of every other gene; here those shifts are compared, over {truth['n_regulators']} regulators. The "
-        "excess is a gene's shift minus its shift under deletions that have nothing to do with it (unrelated genes and "
-        "other regulators)."
+        "fold is log2 of a gene's shift over its shift under deletions that have nothing to do with it (unrelated "
+        "genes and other regulators): 0 is no more than those do, 1 is twice as much."
     )
     for verdict in truth["verdicts"]:
         page.text(verdict)
     classes = truth["classes"]
-    image = figures.class_shifts({name: one["excess"] for name, one in classes.items()}, folder / "truth.png")
-    page.figure(image, "Excess shift of a regulator's genes when it is deleted: mean over regulators, 95% intervals.")
+    image = figures.class_shifts({name: one["fold"] for name, one in classes.items()}, folder / "truth.png")
+    page.figure(image, "How a regulator's genes shift when it is deleted: mean over regulators, 95% intervals.")
     page.table(
-        ["genes", "pairs", "mean shift", "mean excess", "excess, low", "excess, high"],
+        ["genes", "pairs", "mean shift", "log2 fold", "low", "high"],
         [
-            [name, one["n_pairs"], one["shift"]["mean"], *(one["excess"][key] for key in ("mean", "low", "high"))]
+            [name, one["n_pairs"], one["shift"]["mean"], *(one["fold"][key] for key in ("mean", "low", "high"))]
             for name, one in classes.items()
         ],
     )
     page.table(
-        ["compared", "difference of excess", "low", "high", "regulators in which it holds", "rank AUC"],
+        ["compared", "difference of log2 fold", "low", "high", "regulators in which it holds", "rank AUC"],
         [
             [
                 f"{one['more']} above {one['less']}",
@@ -94,7 +94,7 @@ def describe_truth(truth: dict[str, Any], page: Page, folder: Path) -> None:
     )
     if pairs := truth["pairs"]:
         page.table(
-            ["shared targets of a pair", "mean excess", "low", "high"],
+            ["shared targets of a pair", "log2 fold", "low", "high"],
             [
                 [name.replace("_", " "), *(one[key] for key in ("mean", "low", "high"))]
                 for name, one in pairs.items()

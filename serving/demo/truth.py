@@ -5,11 +5,11 @@ Three questions are asked, each within one deleted regulator first, so that a re
 it has:
 
     raw       does its deletion move direct targets more than indirect ones, and those more than unrelated genes?
-    matched   the same for the *excess*: the shift of a gene minus its shift under the control deletions. Any deletion
+    matched   the same for the *fold*: log2 of a gene's shift over its shift under the control deletions. Any deletion
               moves all later genes up by one rank, and some genes are more easily moved than others; neither has to do
               with the regulator. Controls are deleted unrelated genes, and regulators that do not reach the gene.
-    pairs     does deleting both regulators of a pair move their shared targets more than the larger single deletion,
-              and more than the sum of both? Measured against unrelated genes under the same deletion.
+    pairs     does deleting both regulators of a pair move their shared targets more than the larger single deletion?
+              In the same fold, minus that of unrelated genes, because a second deletion moves them too.
 
 Nothing here is asserted: the sentences of a report follow from these numbers (`verdicts.py`), "not found" among them.
 
@@ -43,8 +43,8 @@ class ClassShift:
 
     name: Class
     shift: Estimate
-    excess: Estimate
-    """Shift minus the same gene's shift under control deletions."""
+    fold: Estimate
+    """log2 of the shift over the same gene's shift under control deletions."""
     n_pairs: int
     """(regulator, gene) pairs."""
 
@@ -69,19 +69,16 @@ class Ordering:
 class PairResult:
     """Shared targets of pairs that act together, mean over pairs.
 
-    Each is the shift of the shared targets minus that of unrelated genes under the same deletion, so that the second
-    deleted token counts on both sides.
+    Each is the log2 fold of the shared targets minus that of unrelated genes under the same deletion, so that the
+    second deleted token counts on both sides. A sum of two folds means nothing, so none is compared.
     """
 
     both: Estimate
     larger_single: Estimate
-    sum_of_singles: Estimate
     beyond_larger: Estimate
     """`both` minus `larger_single`, within pairs."""
-    beyond_sum: Estimate
     share_beyond_larger: float
     """Share of pairs in which `both` is the larger one."""
-    share_beyond_sum: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +135,17 @@ def evaluate_truth(gene_shifts: pl.DataFrame, truth: Mapping[str, Any], *, seed:
         for regulator in regulators
     }
     raw = [{name: shifts.of_genes(e, members[e][name]) for name in CLASSES} for e in regulators]
-    excess = [{name: shifts.of_genes(e, members[e][name], less=baseline_eg[e]) for name in CLASSES} for e in regulators]
+    fold = [{name: shifts.of_genes(e, members[e][name], over=baseline_eg[e]) for name in CLASSES} for e in regulators]
     draws = np.random.default_rng(seed)
-    orderings = tuple(_ordering(more, less, raw, excess, draws) for more, less in _COMPARED)
+    orderings = tuple(_ordering(more, less, raw, fold, draws) for more, less in _COMPARED)
     return TruthResult(
-        classes={name: _class_shift(name, raw, excess, draws) for name in CLASSES},
+        classes={name: _class_shift(name, raw, fold, draws) for name in CLASSES},
         orderings=orderings,
         share_ordered_raw=_share_ordered(raw),
-        share_ordered_matched=_share_ordered(excess),
+        share_ordered_matched=_share_ordered(fold),
         n_regulators=len(regulators),
         n_controls=len(controls),
-        pairs=_pairs(shifts, truth, unrelated, draws),
+        pairs=_pairs(shifts, truth, unrelated, controls, draws),
     )
 
 
@@ -187,12 +184,18 @@ class _Shifts:
         return self.shift_eg[self.edits[edit]]
 
     def of_genes(
-        self, edit: str, genes: set[str] | Sequence[str], *, less: npt.NDArray[np.float64] | None = None
+        self, edit: str, genes: set[str] | Sequence[str], *, over: npt.NDArray[np.float64] | None = None
     ) -> npt.NDArray[np.float64]:
-        """Shifts of these genes under the edit, those that are known, without the edited genes themselves."""
+        """Shifts of these genes under the edit, or their log2 fold `over` others, without the edited genes."""
         edited = edit.split(TOGETHER)
         places = sorted(self.genes[gene] for gene in genes if gene in self.genes and gene not in edited)
-        values = self.row(edit)[places] - (0.0 if less is None else less[places])
+        values = self.row(edit)[places]
+        if over is not None:
+            # Shifts are 1 - cosine, so never negative but for rounding: where one is not above 0 there is no fold.
+            known = (values > 0) & (over[places] > 0)
+            values = np.log2(values, out=np.full(len(places), np.nan), where=known) - np.log2(
+                over[places], out=np.full(len(places), np.nan), where=known
+            )
         return values[np.isfinite(values)]
 
 
@@ -249,17 +252,17 @@ def _column_means(values_eg: npt.NDArray[np.float64], n_genes: int) -> npt.NDArr
 _ByClass = dict[Class, npt.NDArray[np.float64]]
 
 
-def _class_shift(name: Class, raw: list[_ByClass], excess: list[_ByClass], draws: np.random.Generator) -> ClassShift:
+def _class_shift(name: Class, raw: list[_ByClass], fold: list[_ByClass], draws: np.random.Generator) -> ClassShift:
     return ClassShift(
         name=name,
         shift=estimate([mean(one[name]) for one in raw], draws),
-        excess=estimate([mean(one[name]) for one in excess], draws),
+        fold=estimate([mean(one[name]) for one in fold], draws),
         n_pairs=sum(len(one[name]) for one in raw),
     )
 
 
 def _ordering(
-    more: Class, less: Class, raw: list[_ByClass], excess: list[_ByClass], draws: np.random.Generator
+    more: Class, less: Class, raw: list[_ByClass], fold: list[_ByClass], draws: np.random.Generator
 ) -> Ordering:
     def differences(of: list[_ByClass]) -> list[float]:
         return [mean(one[more]) - mean(one[less]) for one in of]
@@ -268,11 +271,11 @@ def _ordering(
         more=more,
         less=less,
         raw=estimate(differences(raw), draws),
-        matched=estimate(differences(excess), draws),
+        matched=estimate(differences(fold), draws),
         share_raw=share_positive(differences(raw)),
-        share_matched=share_positive(differences(excess)),
+        share_matched=share_positive(differences(fold)),
         auc_raw=mean(np.array([rank_auc(one[more], one[less]) for one in raw])),
-        auc_matched=mean(np.array([rank_auc(one[more], one[less]) for one in excess])),
+        auc_matched=mean(np.array([rank_auc(one[more], one[less]) for one in fold])),
     )
 
 
@@ -283,29 +286,35 @@ def _share_ordered(of: list[_ByClass]) -> float:
 
 
 def _pairs(
-    shifts: _Shifts, truth: Mapping[str, Any], unrelated: Sequence[str], draws: np.random.Generator
+    shifts: _Shifts,
+    truth: Mapping[str, Any],
+    unrelated: Sequence[str],
+    controls: Sequence[str],
+    draws: np.random.Generator,
 ) -> PairResult | None:
     """Pairs that were deleted together and singly.
 
     A joint deletion is also recorded in cells that have only one of the two genes; a shared target is seldom on there.
     """
+    baseline_g = _column_means(np.array([shifts.row(edit) for edit in controls]), len(shifts.genes))
+
+    def fold(edit: str, targets: Sequence[str]) -> float:
+        return mean(shifts.of_genes(edit, targets, over=baseline_g)) - mean(
+            shifts.of_genes(edit, unrelated, over=baseline_g)
+        )
+
     rows = []
     for pair in truth["pairs"]:
         edits = (TOGETHER.join(sorted(pair["regulators"])), *pair["regulators"])
         if all(edit in shifts.edits for edit in edits):
-            rows.append(
-                [mean(shifts.of_genes(e, pair["targets"])) - mean(shifts.of_genes(e, unrelated)) for e in edits]
-            )
+            rows.append([fold(edit, pair["targets"]) for edit in edits])
     if not rows:
         return None
     both, first, second = np.array(rows).T
-    larger, total = np.maximum(first, second), first + second
+    larger = np.maximum(first, second)
     return PairResult(
         both=estimate(both.tolist(), draws),
         larger_single=estimate(larger.tolist(), draws),
-        sum_of_singles=estimate(total.tolist(), draws),
         beyond_larger=estimate((both - larger).tolist(), draws),
-        beyond_sum=estimate((both - total).tolist(), draws),
         share_beyond_larger=share_positive((both - larger).tolist()),
-        share_beyond_sum=share_positive((both - total).tolist()),
     )

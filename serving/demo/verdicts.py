@@ -40,20 +40,19 @@ def _of_ordering(ordering: Ordering, result: TruthResult) -> tuple[str, str]:
     return (
         f"{_outcome(ordering.raw)}: {claim}: difference in shift {_interval(ordering.raw)}, above 0 for "
         f"{_percent(ordering.share_raw)} of {ordering.raw.n} regulators, rank AUC {_number(ordering.auc_raw)}.",
-        f"{_outcome(ordering.matched)}, compared with {controls}: {claim}: difference in excess shift "
+        f"{_outcome(ordering.matched)}, compared with {controls}: {claim}: difference in log2 fold of the shift "
         f"{_interval(ordering.matched)}, above 0 for {_percent(ordering.share_matched)} of {ordering.matched.n} "
         f"regulators, rank AUC {_number(ordering.auc_matched)}.",
     )
 
 
 def _of_pairs(pairs: PairResult) -> tuple[str, str]:
-    claim = "deleting both regulators of a pair moves their shared targets more than"
     return (
-        f"{_outcome(pairs.beyond_larger)}: {claim} the stronger single deletion: difference "
-        f"{_interval(pairs.beyond_larger)}, above 0 for {_percent(pairs.share_beyond_larger)} of "
-        f"{pairs.beyond_larger.n} pairs.",
-        f"{_outcome(pairs.beyond_sum)}: {claim} both single deletions together: difference "
-        f"{_interval(pairs.beyond_sum)}, above 0 for {_percent(pairs.share_beyond_sum)} of {pairs.beyond_sum.n} pairs.",
+        f"{_outcome(pairs.both)}: deleting both regulators of a pair moves their shared targets more than unrelated "
+        f"genes: difference in log2 fold of the shift {_interval(pairs.both)}, over {pairs.both.n} pairs.",
+        f"{_outcome(pairs.beyond_larger)}: deleting both regulators of a pair moves their shared targets more than the "
+        f"stronger single deletion: difference {_interval(pairs.beyond_larger)}, above 0 for "
+        f"{_percent(pairs.share_beyond_larger)} of {pairs.beyond_larger.n} pairs.",
     )
 
 

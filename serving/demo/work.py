@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -139,10 +140,13 @@ def _clear(path: Path) -> None:
 def _scratch(path: Path) -> Iterator[None]:
     for name in SCRATCH:
         shutil.rmtree(path / name, ignore_errors=True)
-    before = {name: os.environ.get(name) for name in SCRATCH_ENVIRONMENT}
-    for name, folder in SCRATCH_ENVIRONMENT.items():
+    for folder in SCRATCH_ENVIRONMENT.values():
         (path / folder).mkdir(parents=True, exist_ok=True)
-        os.environ[name] = str(path / folder)
+    wanted = {name: str(path / folder) for name, folder in SCRATCH_ENVIRONMENT.items()}
+    # Without a token in the environment Ray makes one and keeps it in the home folder.
+    wanted["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     tempfile.tempdir = None
     try:
         yield

@@ -113,8 +113,8 @@ def test_overexpressing_all_genes_leaves_none_to_compare_but_moves_the_cell(
 
 def test_a_cut_cell_is_compared_with_the_equally_cut_original(bare: Embedder, make_cell: MakeCell) -> None:
     full = make_cell(bare.vocabulary, list(range(10, 10 + bare.window)))
-    cut, edited = full[:-1], np.concatenate([make_cell(bare.vocabulary, [40]), full[:-1]])
-    (answer,) = perturb_cell(bare, full, [overexpression(bare, 40)])
+    cut, edited = full[:-1], np.concatenate([make_cell(bare.vocabulary, [5]), full[:-1]])
+    (answer,) = perturb_cell(bare, full, [overexpression(bare, 5)])
     (of_cut,), (of_edited,) = bare.embed_genes([cut]), bare.embed_genes([edited])
     assert answer.cosine == pytest.approx(cosine(of_edited[1:], of_cut).mean(), abs=1e-7)
     assert (answer.n_cut, answer.n_compared) == (1, bare.window - 1)

@@ -102,24 +102,22 @@ def test_a_serve_config_file_builds_the_same_application(bundle: Bundle, tmp_pat
 
 
 def test_it_serves_until_it_is_told_to_stop_and_leaves_nothing(bundle: Bundle, tmp_path: Path) -> None:
-    environment = {**os.environ, "KEYS": KEY, "TMPDIR": str(tmp_path), "GENESCALE_CLUSTER__NUM_CPUS": "2"}
+    cluster = {"GENESCALE_CLUSTER__NUM_CPUS": "2", "GENESCALE_CLUSTER__TEMP_DIR": str(tmp_path / "ray")}
     command = [sys.executable, "-m", "genescale.platform.cli", "serve", str(bundle.folder), "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--api-key-env", "KEYS"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        start_new_session=True,
-    )
+    errors = tmp_path / "stderr.txt"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [*command, "--api-key-env", "KEYS"],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **cluster, "KEYS": KEY},
+            start_new_session=True,
+        )
     try:
         assert process.stdout is not None
-        said = ""
-        for line in process.stdout:
-            said += line
-            if "Ctrl-C" in line:
-                break
+        said = "".join(iter(process.stdout.readline, "Ctrl-C stops it.\n"))
         (url,) = set(re.findall(r"http://127\.0\.0\.1:\d+", said))
         assert bundle.digest[:12] in said
         with GenescaleClient(url, api_key=KEY) as client:
@@ -128,16 +126,17 @@ def test_it_serves_until_it_is_told_to_stop_and_leaves_nothing(bundle: Bundle, t
         with GenescaleClient(url) as stranger, pytest.raises(UnauthorizedError):
             stranger.info()
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-    finally:
-        # Ray's processes share the session of the command; whatever is left of it is ours to end.
+        out, _ = process.communicate(timeout=60)
         left = session_members(process.pid)
-        for pid in left:
+    finally:
+        # Ray's processes share the session of the command; whatever a failure left of it is ours to end.
+        for pid in session_members(process.pid):
             os.kill(pid, signal.SIGKILL)
-    assert process.returncode == 0
+        process.communicate()
+    assert process.returncode == 0, errors.read_text()
     assert "stopping" in out
     assert left == []
-    for text in (said, out, err):
+    for text in (said, out, errors.read_text()):
         assert KEY not in text
         assert "Traceback" not in text
 

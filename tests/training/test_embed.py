@@ -141,15 +141,16 @@ def test_corpus_and_output_in_object_storage(
     assert table.num_rows == len(vectors_nd) == tiny_corpus.n_cells
 
 
-def test_faults_of_ours_come_back_from_the_workers(
+def test_what_cannot_be_embedded_is_refused_before_any_work(
     ray_local: None, bare_bundle: Bundle, tiny_bundle: Bundle, tiny_corpus: Corpus, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(CorpusError, match="vocabulary"):
         embed_corpus(bare_bundle, tiny_corpus, out_uri=out, store=tiny_corpus.store)
+    gpu = dataclasses.replace(SMALL, device="cuda")
     with pytest.raises(SettingsError, match="no GPU"):
-        gpu = dataclasses.replace(SMALL, device="cuda")
         embed_corpus(tiny_bundle, tiny_corpus, out_uri=out, store=tiny_corpus.store, config=gpu)
+    assert tiny_corpus.store.list(out) == []
 
 
 def test_finetuning_takes_stored_embeddings(embedded: str, tiny_bundle: Bundle, tiny_corpus: Corpus) -> None:

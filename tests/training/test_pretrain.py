@@ -180,11 +180,14 @@ def test_a_lost_run_is_continued_by_the_same_call_and_not_by_another(
     tiny_corpus: Corpus,
     settings_for: Callable[[Path], Settings],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     reference: tuple[LoopResult, dict[int, dict[str, float]], dict[str, np.ndarray]],
 ) -> None:
     settings = settings_for(tmp_path)
     config = dataclasses.replace(CONFIG, max_failures=0)
-    where = {"settings": settings, "store": Store(settings.storage), "storage_uri": str(tmp_path), "run_name": "lost"}
+    # A relative folder is the driver's: workers have another working folder.
+    monkeypatch.chdir(tmp_path)
+    where = {"settings": settings, "store": Store(settings.storage), "storage_uri": "runs", "run_name": "lost"}
     doomed: Any = DeadlyCorpus(tiny_corpus, tmp_path / "died", once=False)
     tracker = MemoryTracker()
     with pytest.raises(ClusterError, match="same command"):
@@ -200,6 +203,7 @@ def test_a_lost_run_is_continued_by_the_same_call_and_not_by_another(
     expected = dict(curve(reference[1], "loss"))
     assert dict(result.losses) == pytest.approx({step: expected[step] for step, _ in result.losses}, rel=1e-5)
     assert [step for step, _ in result.losses] == list(range(result.resumed_from + 1, CONFIG.steps + 1))
+    assert Path(result.bundle_uri) == tmp_path / "runs" / "lost" / "bundle"
 
 
 class BrokenCorpus(DeadlyCorpus):
