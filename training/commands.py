@@ -52,7 +52,8 @@ def pretrain(argv: Sequence[str]) -> int:
             run_name=arguments.name,
         )
     print(f"run      {result.name} ({result.run_id})")
-    print(f"steps    {result.steps} ({result.resumed_from} done before), {result.tokens_per_s:,.0f} tokens/s")
+    speed = f", {result.tokens_per_s:,.0f} tokens/s" if result.steps > result.resumed_from else ""
+    print(f"steps    {result.steps} ({result.resumed_from} done before){speed}")
     if result.held_out_before and result.held_out_after:
         before, after = result.held_out_before, result.held_out_after
         print(f"held out loss {before.loss:.4f} -> {after.loss:.4f}, masked genes right {after.masked_accuracy:.1%}")

@@ -188,9 +188,9 @@ def prepare(bundle: Bundle, corpus: Corpus, config: FinetuneConfig) -> Task:
     )
     labels = np.array(cells.classes)[cells.codes_n]
     if config.split == "grouped":
-        split = grouped_split(cells.groups_n, config.fractions, config.seed, labels=labels)
+        split = grouped_split(cells.groups_n.tolist(), config.fractions, config.seed, labels=labels.tolist())
     else:
-        split = random_split(labels, config.fractions, config.seed)
+        split = random_split(labels.tolist(), config.fractions, config.seed)
     return Task(cells=cells, split=split, spec=head_spec(int(bundle.config["hidden_size"]), cells.classes, config))
 
 

@@ -92,7 +92,7 @@ def tune(
         name: Vectors(cells_nd=vectors_nd[positions_n], codes_n=task.cells.codes_n[positions_n])
         for name, positions_n in (("train", task.split.train), ("validation", task.split.validation))
     }
-    params = {"trials": spec.sweep.trials, "sampler": spec.sweep.sampler, "sweep_seed": spec.sweep.seed}
+    params: dict[str, Any] = {"trials": spec.sweep.trials, "sampler": spec.sweep.sampler, "sweep_seed": spec.sweep.seed}
     params |= {"corpus_uri": corpus.uri, "corpus_version": corpus.version, "parent": bundle.digest}
     with tracker.run(f"tune {spec.finetune.label}", params=params, tags={"stage": "tune"}) as run:
         name = f"sweep-{sweep_key(bundle, corpus, spec)[:16]}"

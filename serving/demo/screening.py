@@ -34,6 +34,7 @@ def screen_deletions(demo: Demo, progress: Progress) -> Made:
     }
     if truth:
         shifts = read_screen(uri, demo.store).gene_shifts
+        assert shifts is not None, "the screen was asked for gene shifts. This is a bug."
         result = evaluate_truth(shifts, truth, seed=demo.config.seed)
         made["truth"] = {
             **dataclasses.asdict(result),

@@ -153,10 +153,11 @@ def tracked_texts() -> list[Path]:
 
 def test_no_path_of_one_machine() -> None:
     pattern = re.compile(r"(?<![\w.])/(?:home|root|Users|work|mnt|opt)/\w")
+    # A test may need some path that must not leak: it says so on its line.
     found = [
         f"{relative(path)}:{number}"
         for path in tracked_texts()
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if pattern.search(line) and path != Path(__file__)
+        if pattern.search(line) and "made-up path" not in line and path != Path(__file__)
     ]
     assert found == []

@@ -117,7 +117,9 @@ def test_it_serves_until_it_is_told_to_stop_and_leaves_nothing(bundle: Bundle, t
         )
     try:
         assert process.stdout is not None
-        said = "".join(iter(process.stdout.readline, "Ctrl-C stops it.\n"))
+        said = ""
+        while (line := process.stdout.readline()) and "Ctrl-C" not in line:
+            said += line
         (url,) = set(re.findall(r"http://127\.0\.0\.1:\d+", said))
         assert bundle.digest[:12] in said
         with GenescaleClient(url, api_key=KEY) as client:

@@ -182,7 +182,7 @@ def test_beyond_all_places_requests_are_refused_at_once_and_probes_are_not() -> 
 
 def test_a_fault_of_ours_shows_no_trace_and_frees_its_place(ask: Ask) -> None:
     async def broken(scope: Any, receive: Any, send: Any) -> None:
-        raise RuntimeError("secret path /home/someone/model.bin")
+        raise RuntimeError("secret path /home/someone/model.bin")  # a made-up path
 
     app = gate(broken, max_ongoing=1, max_queued=0)
     for _ in range(3):

@@ -288,7 +288,7 @@ class Broken(Gone):
     """A model with a fault."""
 
     async def embed(self, *_: Any) -> Any:
-        raise RuntimeError("CUDA error at /opt/secret/kernel.cu")
+        raise RuntimeError("CUDA error at /opt/secret/kernel.cu")  # a made-up path
 
 
 def test_alive_and_ready_are_two_answers(ask: Ask, app: Gate, build: Build) -> None:
