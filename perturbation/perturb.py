@@ -4,8 +4,8 @@ Legend: `t` tokens of a cell, `k` genes that stand in both cells, `d` width of a
 
 Every variant of every cell goes through the embedder in chunks of a token budget; the unedited cell goes once. On the
 CPU an embedder answers a cell with the same bits whatever else is in its batch, so an answer does not depend on who
-asked or what was asked beside it. (Nor on the number of threads, from 12 tokens a cell on: below, MKL's matrix
-products with one and two threads were measured to differ in the last bits.)
+asked or what was asked beside it. (Nor on the number of threads, from 32 tokens a cell on: below, torch's
+matrix products and attention with one and two threads were measured to differ in the last bits.)
 """
 
 from __future__ import annotations

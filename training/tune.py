@@ -16,6 +16,8 @@ import hashlib
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -162,6 +164,9 @@ def _sweep(
                 ),
             )
         results = tuner.fit()
+    if results.num_terminated + results.num_errors < spec.sweep.trials:
+        # Ray Tune answers Ctrl-C by saving its state and returning what it has; the caller must not take that for all.
+        raise KeyboardInterrupt
     trials = [_trial_of(result, number) for number, result in enumerate(results)]
     if all(trial.error for trial in trials):
         raise ClusterError(f"every trial failed: {trials[0].error}", where=path, fix="Correct the cause and run again.")
@@ -244,11 +249,19 @@ def _shown(progress: Progress) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray Tune without its own tables and per-trial log files; what it would say is in our progress line and MLflow."""
-    level = logging.getLogger("ray.tune").level
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    """Ray Tune without its own tables and per-trial log files, and without the signal handlers it leaves behind.
+
+    What it would say is in our progress line, in the trials' errors and in MLflow.
+    """
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
     try:
         yield
     finally:
-        logging.getLogger("ray.tune").setLevel(level)
+        logger.setLevel(level)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

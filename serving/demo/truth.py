@@ -9,7 +9,7 @@ it has:
               moves all later genes up by one rank, and some genes are more easily moved than others; neither has to do
               with the regulator. Controls are deleted unrelated genes, and regulators that do not reach the gene.
     pairs     does deleting both regulators of a pair move their shared targets more than the larger single deletion?
-              In the same fold, minus that of unrelated genes, because a second deletion moves them too.
+              Both in folds: over one deleted housekeeping gene, or over two, because any second deletion moves more.
 
 Nothing here is asserted: the sentences of a report follow from these numbers (`verdicts.py`), "not found" among them.
 
@@ -18,6 +18,7 @@ Legend: `e` deleted regulators, `g` genes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +36,7 @@ TOGETHER = "+"
 COLUMNS = ("gene_id", "affected_gene_id", "n_cells", "mean_shift")
 # Means over fewer cells say little.
 FEWEST_CELLS = 3
+CONTROL_PAIRS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,9 @@ class Ordering:
 class PairResult:
     """Shared targets of pairs that act together, mean over pairs.
 
-    Each is the log2 fold of the shared targets minus that of unrelated genes under the same deletion, so that the
-    second deleted token counts on both sides. A sum of two folds means nothing, so none is compared.
+    Each is the log2 fold of the shared targets' shift over the shift of the very same genes under control deletions:
+    of two housekeeping genes for `both`, of one for a single deletion. So the second deleted token counts on both
+    sides, in the same kind of cells. A sum of two folds means nothing, so none is compared.
     """
 
     both: Estimate
@@ -99,15 +102,34 @@ class TruthResult:
 
 
 def screen_edits(truth: Mapping[str, Any], *, controls: int = 12, pairs: bool = True) -> tuple[str, ...]:
-    """What to delete, for `ScreenConfig.genes`: every regulator, `controls` unrelated genes, and the pairs as `A+B`.
+    """What to delete, for `ScreenConfig.genes`: regulators, controls, and with `pairs` the pairs as `A+B`.
 
     Controls are background genes, spread evenly over the list of them; they are detected about as often as regulators.
+    Joint deletions are compared with joint deletions of housekeeping genes, which with their single ones come last.
     """
-    roles = {gene["id"]: gene["role"] for gene in truth["genes"]}
-    background = [gene for gene in truth["unrelated"] if roles[gene] == "background"]
+    background = _unrelated_of(truth, "background")
     places = np.unique(np.linspace(0, len(background) - 1, min(controls, len(background))).astype(int))
-    together = [TOGETHER.join(pair["regulators"]) for pair in truth["pairs"]] if pairs else []
-    return (*truth["regulators"], *(background[at] for at in places.tolist()), *together)
+    edits = [*truth["regulators"], *(background[at] for at in places.tolist())]
+    if pairs and truth["pairs"]:
+        joint = control_pairs(truth)
+        edits += [TOGETHER.join(pair["regulators"]) for pair in truth["pairs"]]
+        edits += [*dict.fromkeys(gene for pair in joint for gene in pair), *(TOGETHER.join(pair) for pair in joint)]
+    return tuple(edits)
+
+
+def control_pairs(truth: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Pairs of unrelated genes whose joint deletion is the control of a joint deletion.
+
+    Housekeeping genes, because nearly every cell has both: a screen counts a joint deletion also where a cell has only
+    one of the two, and a control that mostly deletes one gene would make every joint deletion look strong.
+    """
+    housekeeping = _unrelated_of(truth, "housekeeping")[: CONTROL_PAIRS + 1]
+    return tuple(itertools.pairwise(housekeeping))
+
+
+def _unrelated_of(truth: Mapping[str, Any], role: str) -> list[str]:
+    roles = {gene["id"]: gene["role"] for gene in truth["genes"]}
+    return [gene for gene in truth["unrelated"] if roles[gene] == role]
 
 
 def evaluate_truth(gene_shifts: pl.DataFrame, truth: Mapping[str, Any], *, seed: int = 0) -> TruthResult:
@@ -145,7 +167,7 @@ def evaluate_truth(gene_shifts: pl.DataFrame, truth: Mapping[str, Any], *, seed:
         share_ordered_matched=_share_ordered(fold),
         n_regulators=len(regulators),
         n_controls=len(controls),
-        pairs=_pairs(shifts, truth, unrelated, controls, draws),
+        pairs=_pairs(shifts, truth, draws),
     )
 
 
@@ -173,7 +195,7 @@ class _Shifts:
             )
         kept = table.filter(pl.col("n_cells") >= FEWEST_CELLS, pl.col("mean_shift").is_finite())
         # Genes edited together are the same edit in either order.
-        names = [TOGETHER.join(sorted(text.split(TOGETHER))) for text in kept["gene_id"].to_list()]
+        names = [_joint(text.split(TOGETHER)) for text in kept["gene_id"].to_list()]
         edits, edit_z = np.unique(np.array(names, dtype=str), return_inverse=True)
         genes, gene_z = np.unique(np.array(kept["affected_gene_id"].to_list(), dtype=str), return_inverse=True)
         shift_eg = np.full((len(edits), len(genes)), np.nan)
@@ -285,32 +307,29 @@ def _share_ordered(of: list[_ByClass]) -> float:
     return float((np.diff(known, axis=1) < 0).all(axis=1).mean()) if len(known) else float("nan")
 
 
-def _pairs(
-    shifts: _Shifts,
-    truth: Mapping[str, Any],
-    unrelated: Sequence[str],
-    controls: Sequence[str],
-    draws: np.random.Generator,
-) -> PairResult | None:
-    """Pairs that were deleted together and singly.
+def _pairs(shifts: _Shifts, truth: Mapping[str, Any], draws: np.random.Generator) -> PairResult | None:
+    """Pairs that were deleted together and singly; None when none was, or no control pair was.
 
     A joint deletion is also recorded in cells that have only one of the two genes; a shared target is seldom on there.
     """
-    baseline_g = _column_means(np.array([shifts.row(edit) for edit in controls]), len(shifts.genes))
 
-    def fold(edit: str, targets: Sequence[str]) -> float:
-        return mean(shifts.of_genes(edit, targets, over=baseline_g)) - mean(
-            shifts.of_genes(edit, unrelated, over=baseline_g)
-        )
+    def screened(pair: Sequence[str]) -> bool:
+        return all(edit in shifts.edits for edit in (_joint(pair), *pair))
 
-    rows = []
-    for pair in truth["pairs"]:
-        edits = (TOGETHER.join(sorted(pair["regulators"])), *pair["regulators"])
-        if all(edit in shifts.edits for edit in edits):
-            rows.append([fold(edit, pair["targets"]) for edit in edits])
-    if not rows:
+    pairs = [pair for pair in truth["pairs"] if screened(pair["regulators"])]
+    controls = [pair for pair in control_pairs(truth) if screened(pair)]
+    if not pairs or not controls:
         return None
-    both, first, second = np.array(rows).T
+    n_genes = len(shifts.genes)
+    singles = dict.fromkeys(gene for pair in controls for gene in pair)
+    one_g = _column_means(np.array([shifts.row(gene) for gene in singles]), n_genes)
+    two_g = _column_means(np.array([shifts.row(_joint(pair)) for pair in controls]), n_genes)
+
+    def folds(pair: Mapping[str, Any]) -> list[float]:
+        singly = [mean(shifts.of_genes(gene, pair["targets"], over=one_g)) for gene in pair["regulators"]]
+        return [mean(shifts.of_genes(_joint(pair["regulators"]), pair["targets"], over=two_g)), *singly]
+
+    both, first, second = np.array([folds(pair) for pair in pairs]).T
     larger = np.maximum(first, second)
     return PairResult(
         both=estimate(both.tolist(), draws),
@@ -318,3 +337,7 @@ def _pairs(
         beyond_larger=estimate((both - larger).tolist(), draws),
         share_beyond_larger=share_positive((both - larger).tolist()),
     )
+
+
+def _joint(genes: Sequence[str]) -> str:
+    return TOGETHER.join(sorted(genes))

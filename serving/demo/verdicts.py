@@ -48,8 +48,8 @@ def _of_ordering(ordering: Ordering, result: TruthResult) -> tuple[str, str]:
 
 def _of_pairs(pairs: PairResult) -> tuple[str, str]:
     return (
-        f"{_outcome(pairs.both)}: deleting both regulators of a pair moves their shared targets more than unrelated "
-        f"genes: difference in log2 fold of the shift {_interval(pairs.both)}, over {pairs.both.n} pairs.",
+        f"{_outcome(pairs.both)}: deleting both regulators of a pair moves their shared targets more than "
+        f"deleting two unrelated genes: log2 fold of the shift {_interval(pairs.both)}, over {pairs.both.n} pairs.",
         f"{_outcome(pairs.beyond_larger)}: deleting both regulators of a pair moves their shared targets more than the "
         f"stronger single deletion: difference {_interval(pairs.beyond_larger)}, above 0 for "
         f"{_percent(pairs.share_beyond_larger)} of {pairs.beyond_larger.n} pairs.",

@@ -21,7 +21,7 @@ from genescale.training.model import EncoderConfig, new_model
 from genescale.training.weights import to_hf
 
 N_GENES = 60
-WINDOW = 32
+WINDOW = 48
 CELL_TYPES = ("b_cell", "monocyte", None)
 
 
@@ -34,7 +34,7 @@ def symbol(number: int) -> str:
 
 
 def tiny_vocabulary(*, framed: bool) -> Vocabulary:
-    """60 genes named GENE0 …, with a window of 32 tokens."""
+    """60 genes named GENE0 …, with a window of 48 tokens."""
     return Vocabulary.build(
         [gene_id(i) for i in range(N_GENES)],
         np.linspace(0.5, 3.0, N_GENES),
@@ -50,10 +50,10 @@ def tiny_bundle(folder: Path, *, framed: bool, positions: int = WINDOW) -> Bundl
     vocabulary = tiny_vocabulary(framed=framed)
     config = EncoderConfig(
         vocabulary_size=vocabulary.size,
-        width=16,
+        width=32,
         layers=2,
         heads=2,
-        feed_forward=32,
+        feed_forward=64,
         positions=positions,
         initializer_range=0.5,
     )
@@ -132,14 +132,14 @@ def write_corpus(uri: str, vocabulary: Vocabulary, store: Store, cells: list[np.
 
 @pytest.fixture
 def corpus(tmp_path: Path, framed_bundle: Bundle, make_cell: Callable[[Vocabulary, list[int]], np.ndarray]) -> Corpus:
-    """24 framed cells of 15 to 24 genes; gene 0 stands in the first twelve only, gene 1 in all.
+    """24 framed cells of 35 to 44 genes; gene 0 stands in the first twelve only, gene 1 in all.
 
-    Below 12 tokens the last bits of a matrix product depend on the number of threads, which workers have fewer of.
+    Below 32 tokens the last bits of an embedding depend on the number of threads, of which workers have one.
     """
     generator = np.random.default_rng(3)
     cells = []
     for i in range(24):
-        others = generator.choice(np.arange(2, N_GENES), size=14 + i % 9, replace=False).tolist()
+        others = generator.choice(np.arange(2, N_GENES), size=34 + i % 9, replace=False).tolist()
         genes = generator.permutation([*others, 1, *([0] if i < 12 else [])]).tolist()
         cells.append(make_cell(framed_bundle.vocabulary, genes))
     return write_corpus(str(tmp_path / "corpus"), framed_bundle.vocabulary, Store(StorageSettings()), cells)

@@ -129,7 +129,7 @@ def test_the_shorter_of_vocabulary_and_model_is_the_window(short_bundle: Bundle,
 
 
 def test_refill_lets_the_next_gene_in(bare: Embedder, make_cell: MakeCell) -> None:
-    everything = make_cell(bare.vocabulary, list(range(10, 10 + bare.window + 3)))
+    everything = make_cell(bare.vocabulary, list(range(8, 8 + bare.window + 3)))
     shown = everything[: bare.window]
     gene = int(shown[2])
     (stays,) = perturb_cell(bare, shown, [EditRequest(kind="delete", genes=(gene,))], uncropped=everything)
@@ -186,7 +186,7 @@ def test_what_cannot_be_compared_is_refused(bare: Embedder, make_cell: MakeCell)
         perturb_cell(bare, cell, [request], measure="cls")
     with pytest.raises(InputError, match="Did you mean 'mean_pooled'"):
         perturb_cell(bare, cell, [request], measure="mean_poled")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="embeddings have 16 values"):
+    with pytest.raises(InputError, match="embeddings have 32 values"):
         perturb_cell(bare, cell, [request], goal=np.ones(3))
     with pytest.raises(InputError, match="not available yet"):
         EditRequest(kind="activate", genes=(5,))  # type: ignore[arg-type]

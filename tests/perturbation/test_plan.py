@@ -65,7 +65,7 @@ def test_a_plan_is_the_same_plan_again_and_another_one_for_other_numbers(framed_
         ScreenConfig(genes=("GENE1", "GENE2"), max_cells=5, kind="overexpress"),
     ):
         assert make_plan(framed_bundle, corpus, changed).digest != digest
-    assert make_plan(framed_bundle, corpus, config, goal=np.ones(16)).digest != digest
+    assert make_plan(framed_bundle, corpus, config, goal=np.ones(32)).digest != digest
 
 
 @pytest.mark.parametrize(
@@ -124,5 +124,5 @@ def test_a_model_of_another_vocabulary_is_refused(bare_bundle: Bundle, corpus: C
 def test_a_goal_of_another_width_is_refused_before_any_work(
     framed_bundle: Bundle, corpus: Corpus, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="embeddings have 16 values"):
-        make_plan(framed_bundle, corpus, ScreenConfig(genes=("GENE1",)), goal=np.ones(15))
+    with pytest.raises(InputError, match="embeddings have 32 values"):
+        make_plan(framed_bundle, corpus, ScreenConfig(genes=("GENE1",)), goal=np.ones(31))

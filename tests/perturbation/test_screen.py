@@ -18,7 +18,7 @@ from genescale.training.embedder import Embedder
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 # Units of a few cells, so that there are several.
-LISTED = ScreenConfig(genes=("GENE0", "GENE1", "GENE0+GENE1"), gene_shifts="all", tokens_per_unit=300, device="cpu")
+LISTED = ScreenConfig(genes=("GENE0", "GENE1", "GENE0+GENE1"), gene_shifts="all", tokens_per_unit=1_000, device="cpu")
 
 
 def test_a_screen_answers_every_pair_as_single_calls_do(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,8 @@ def test_the_sweep_is_tracked_as_one_family(swept: TuneResult, tracker: MemoryTr
     assert tracker.resolve("models:/heads@best").digest == swept.winner.bundle.digest
 
 
-class Interrupted(Exception):
-    """What a test raises to cut a sweep off."""
-
-
 class CutsOff:
-    """A Progress that interrupts the sweep when its first trial is done."""
+    """A Progress that presses Ctrl-C when the first trial is done."""
 
     def __init__(self) -> None:
         self.unit = ""
@@ -114,7 +111,7 @@ class CutsOff:
 
     def advance(self, done: int = 1, note: str = "") -> None:
         if self.unit == "trials":
-            raise Interrupted
+            signal.raise_signal(signal.SIGINT)
 
 
 class Counts:
@@ -135,9 +132,11 @@ def test_a_sweep_that_was_cut_off_goes_on(
 ) -> None:
     """The second run keeps the finished trial, does the other, and a third one has nothing to do."""
     spec, tracker = two_trials(at_once=1, seed=1), MemoryTracker()
-    with pytest.raises(Interrupted):
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
         run_sweep(spec, tiny_bundle, tiny_corpus, tmp_path, tracker, progress=CutsOff())
-    assert [run.status for run in tracker.runs.values()] == ["FAILED"]
+    assert [run.status for run in tracker.runs.values()] == ["KILLED"]
+    assert signal.getsignal(signal.SIGINT) is handler
     again = Counts()
     result = run_sweep(spec, tiny_bundle, tiny_corpus, tmp_path, progress=again)
     assert len(result.trials) == 2

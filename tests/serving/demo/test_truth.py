@@ -84,7 +84,8 @@ def test_a_planted_order_is_found_with_its_size() -> None:
     truth = planted()
     result = evaluate_truth(screened(truth, direct=0.02, indirect=0.01), truth)
     assert result.n_regulators == 8
-    assert result.n_controls == 8
+    # Eight background genes and the four housekeeping genes of the control pairs.
+    assert result.n_controls == 12
     assert result.share_ordered_raw == result.share_ordered_matched == 1.0
     for more, less in (("direct", "indirect"), ("indirect", "unrelated")):
         found = ordering(result, more, less)
@@ -166,6 +167,21 @@ def test_pairs_without_an_effect_are_not_found() -> None:
     assert not any(text.startswith("Found") for text in verdicts(result) if "of a pair" in text)
 
 
+def test_cells_with_one_gene_of_a_pair_do_not_make_its_joint_deletion_look_strong() -> None:
+    truth = planted()
+    shared = [gene for pair in truth["pairs"] for gene in pair["targets"]]
+    # Genes other than the shared targets meet a joint deletion mostly in cells that have only one of its genes.
+    half = screened(truth).with_columns(
+        mean_shift=pl.when(pl.col("gene_id").str.contains("R.*[+]R") & ~pl.col("affected_gene_id").is_in(shared))
+        .then(pl.col("mean_shift") - 0.02)
+        .otherwise(pl.col("mean_shift"))
+    )
+    result = evaluate_truth(half, truth)
+    assert result.pairs is not None
+    assert not result.pairs.both.above_zero
+    assert not result.pairs.beyond_larger.above_zero
+
+
 def test_the_order_of_a_pair_does_not_matter() -> None:
     truth = planted()
     table = screened(truth, shared_both=0.04)
@@ -216,8 +232,19 @@ def test_edits_are_regulators_controls_and_pairs() -> None:
     edits = screen_edits(truth, controls=5)
     assert edits[:8] == tuple(REGULATORS)
     assert set(edits[8:13]) <= set(UNRELATED[5:])
-    assert len(set(edits)) == 8 + 5 + 4
-    assert edits[-1] == "R6+R7"
+    assert edits[13:17] == ("R0+R1", "R2+R3", "R4+R5", "R6+R7")
+    # Housekeeping genes, which stand in nearly every cell, singly and in pairs.
+    assert edits[17:] == ("U0", "U1", "U2", "U3", "U0+U1", "U1+U2", "U2+U3")
+    assert screen_edits(truth, controls=5, pairs=False) == edits[:13]
+
+
+def test_an_atlas_without_housekeeping_genes_has_no_control_for_pairs() -> None:
+    truth = planted()
+    for gene in truth["genes"]:
+        gene["role"] = "background" if gene["role"] == "housekeeping" else gene["role"]
+    result = evaluate_truth(screened(truth, shared_both=0.04), truth)
+    assert result.pairs is None
+    assert not any("pair" in sentence for sentence in verdicts(result))
 
 
 def test_a_table_that_cannot_be_judged_is_refused() -> None:
