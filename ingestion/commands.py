@@ -124,18 +124,21 @@ def simulate(argv: Sequence[str]) -> int:
 
     from genescale.ingestion.simulate import SimulateConfig
     from genescale.ingestion.simulate import simulate as run
+    from genescale.platform.progress import stage
     from genescale.platform.settings import build, read_toml
     from genescale.platform.storage import Store
 
     values = read_toml(arguments.config) if arguments.config else {}
     config = build(SimulateConfig, {**values, **_pairs(arguments.set)}, where=arguments.config or "simulate")
-    atlas = run(config, arguments.output, Store(settings.storage))
+    with stage("simulate") as progress:
+        atlas = run(config, arguments.output, Store(settings.storage), progress=progress)
     if arguments.json:
-        print(json.dumps({"files": list(atlas.files), "truth": atlas.truth_uri}, indent=2))
+        print(json.dumps({"files": atlas.files, "truth": atlas.truth_uri, "cells": atlas.n_cells}, indent=2))
         return 0
     for file in atlas.files:
         print(f"atlas   {file}")
     print(f"truth   {atlas.truth_uri}")
+    print(f"cells   {atlas.n_cells:,} with {atlas.n_genes:,} genes")
     return 0
 
 

@@ -16,9 +16,8 @@ from scipy import sparse
 
 from genescale.ingestion.h5ad import ENSEMBL_ID, INDEX, CountBlock
 from genescale.platform.errors import AtlasError
-from genescale.platform.vocabulary import Vocabulary
+from genescale.platform.vocabulary import Vocabulary, canonical_id
 
-_VERSION = re.compile(r"(ENS[A-Z]*[0-9]{6,})\.[0-9]+")
 UNMAPPED = -1
 
 
@@ -50,13 +49,6 @@ class GeneMap:
         return int(mapped.size - np.unique(mapped).size)
 
 
-def canonical_id(name: str) -> str:
-    """A gene id in upper case without its version (`ENSG00000141510.12` becomes `ENSG00000141510`)."""
-    upper = name.strip().upper()
-    match = _VERSION.fullmatch(upper)
-    return match[1] if match else upper
-
-
 def ensembl_share(names: Sequence[str]) -> float:
     """Share of the names that look like Ensembl gene ids."""
     return sum(bool(ENSEMBL_ID.fullmatch(name.strip().upper())) for name in names) / max(len(names), 1)
@@ -86,7 +78,8 @@ def map_to_vocabulary(
             where=where,
             fix="Give human genes as Ensembl ids in the var index, or in var['ensembl_id'].",
         )
-    return GeneMap(best, tokens.astype(np.int64), sum(bool(_VERSION.fullmatch(i.strip().upper())) for i in ids))
+    versioned = sum(canonical_id(name) != name.strip().upper() for name in ids)
+    return GeneMap(best, tokens.astype(np.int64), versioned)
 
 
 def ensembl_column(candidates: Mapping[str, Sequence[str]], *, where: str) -> str:

@@ -49,7 +49,12 @@ def opened(uri: str, store: Store) -> Iterator[h5py.File]:
             with h5py.File(raw, "r") as file:
                 _check_links(file, uri)
                 yield file
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except (OSError, RuntimeError) as error:
+            raise _explained(error, size_bytes, uri) from error
+        except KeyError as error:
+            # The HDF5 library's way to say that an object's header cannot be read; other KeyErrors are faults of ours.
+            if "Unable to" not in str(error):
+                raise
             raise _explained(error, size_bytes, uri) from error
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from genescale.ingestion.fan_out import fan_out
-from genescale.ingestion.genes import canonical_id, ensembl_column, gathered, library_sizes
+from genescale.ingestion.genes import ensembl_column, gathered, library_sizes
 from genescale.ingestion.h5ad import Atlas, open_atlas
 from genescale.ingestion.plan import Failure, Inspected, ReadConfig, Unit, blocks, guarded, inspect_files
 from genescale.ingestion.sources import find_sources
@@ -28,7 +28,7 @@ from genescale.platform.errors import AtlasError, SettingsError
 from genescale.platform.progress import SILENT, Progress
 from genescale.platform.rank_value import normalised
 from genescale.platform.storage import Store
-from genescale.platform.vocabulary import FRAMED_WINDOW, SPECIAL_TOKENS, Vocabulary
+from genescale.platform.vocabulary import FRAMED_WINDOW, SPECIAL_TOKENS, Vocabulary, canonical_id
 
 # A float32 has 23 bits of fraction; keeping the upper 6 of them splits every doubling into 64 bins.
 FRACTION_SHIFT = 23 - 6

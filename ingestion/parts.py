@@ -91,6 +91,7 @@ class PartReader:
         self._blocks: OrderedDict[tuple[int, int], TokenBlock] = OrderedDict()
         self._held_bytes = 0
         self._footers: dict[int, pq.FileMetaData] = {}
+        self._group_starts: dict[int, list[int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
@@ -127,13 +128,15 @@ class PartReader:
         return part, index - self._starts[part]
 
     def _group(self, part: int, row: int) -> tuple[int, int]:
-        footer = self._footer(part)
-        for group in range(footer.num_row_groups):
-            rows = footer.row_group(group).num_rows
-            if row < rows:
-                return group, row
-            row -= rows
-        raise IntegrityError("the part has fewer rows than its commit says.", where=self.parts[part].uri)
+        if part not in self._group_starts:
+            footer = self._footer(part)
+            sizes = (footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+            self._group_starts[part] = [0, *itertools.accumulate(sizes)]
+        starts = self._group_starts[part]
+        if row >= starts[-1]:
+            raise IntegrityError("the part has fewer rows than its commit says.", where=self.parts[part].uri)
+        group = bisect.bisect_right(starts, row) - 1
+        return group, row - starts[group]
 
     def _footer(self, part: int) -> pq.FileMetaData:
         if part not in self._footers:
@@ -161,7 +164,7 @@ class PartReader:
             column = file.read_row_group(group, columns=[TOKEN_COLUMN]).column(0).combine_chunks()
         lists = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         offsets = lists.offsets.to_numpy().astype(np.int64)
-        # `values` ignores the offset of a sliced array, `flatten` does not; a fresh row group has none.
+        # `values` ignores the offset of a sliced array; one that was just read has none.
         tokens_t = lists.values.to_numpy(zero_copy_only=False).astype(self.token_dtype, copy=False)
         tokens_t.setflags(write=False)
         return TokenBlock(tokens_t, offsets)

@@ -203,7 +203,7 @@ def _finished(
     for answer, _ in fan_out(items, work):
         uri = answer["unit"]["uri"]
         answers[uri].append(answer)
-        progress.advance(answer["unit"]["stop"] - answer["unit"]["start"])
+        progress.advance(answer["unit"]["stop"] - answer["unit"]["start"], answer["dataset_id"])
         if len(answers[uri]) == len(files[uri].units):
             yield files[uri], sorted(answers.pop(uri), key=lambda done: done["unit"]["start"])
 

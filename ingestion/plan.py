@@ -30,7 +30,7 @@ class ReadConfig:
     counts_slot: str = AUTO
     """Where raw counts stand: `auto` (raw.X if it holds counts, else X), `X`, `raw.X` or `layers/NAME`."""
     unit_nonzeros: int = 8_000_000
-    """Stored counts that one task reads; about 100 MB of memory for each million in flight."""
+    """Stored counts that one task turns into one part file; it reads a million of them at a time."""
 
     def __post_init__(self) -> None:
         if self.unit_nonzeros < 1:

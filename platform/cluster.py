@@ -91,6 +91,8 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Else what a worker raised on purpose reaches the caller as a bare RayTaskError.
+    context.raise_original_map_exception = True
     for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

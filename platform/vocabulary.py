@@ -38,6 +38,13 @@ _VERSIONED_ID = re.compile(r"(ENS[A-Z]*[0-9]{6,})\.[0-9]+")
 _LONGEST_GENE_NAME = 64
 
 
+def canonical_id(gene: str) -> str:
+    """A gene id in upper case without its version: `ensg00000141510.12` becomes `ENSG00000141510`."""
+    name = gene.strip().upper()
+    match = _VERSIONED_ID.fullmatch(name)
+    return match[1] if match else name
+
+
 def inferred_window(special: Iterable[str]) -> int:
     """Tokens per cell that the published layout with these special tokens uses."""
     return FRAMED_WINDOW if CLS in special else BARE_WINDOW
@@ -164,11 +171,8 @@ class Vocabulary:
 
     def find(self, gene: str) -> int | None:
         """Token id of a gene given by id (version suffix allowed), symbol or alias; None when unknown or ambiguous."""
-        name = gene.strip().upper()
-        if (token := self._token_by_name.get(name)) is not None:
-            return token
-        match = _VERSIONED_ID.fullmatch(name)
-        return self._token_by_name.get(match[1]) if match else None
+        token = self._token_by_name.get(gene.strip().upper())
+        return self._token_by_name.get(canonical_id(gene)) if token is None else token
 
     def token(self, gene: str) -> int:
         """As `find`, but raises UnknownGeneError, which names the nearest symbol or why the name is ambiguous."""

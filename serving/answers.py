@@ -134,7 +134,8 @@ class Answers:
         for at, cell in enumerate(asked):
             given = cell.counts if cell.counts is not None else cell.tokens or ()
             self._check_number(len(given), self.limits.max_genes_per_cell, f"cells[{at}]")
-        reader = CellReader(self.vocabulary, max_listed_genes=self.limits.max_listed_genes)
+        window, max_listed_genes = self.info.encoder.window, self.limits.max_listed_genes
+        reader = CellReader(self.vocabulary, window=window, max_listed_genes=max_listed_genes)
         return [reader.read(cell, where=f"cells[{at}]") for at, cell in enumerate(asked)]
 
     def _edit(self, edit: EditAsked, where: str) -> EditRequest:

@@ -36,8 +36,8 @@ class PreparedCell:
 class CellReader:
     """Turns the cells of one request into tokens; looks each gene name up once per request."""
 
-    def __init__(self, vocabulary: Vocabulary, *, max_listed_genes: int) -> None:
-        self.vocabulary, self.max_listed_genes = vocabulary, max_listed_genes
+    def __init__(self, vocabulary: Vocabulary, *, window: int, max_listed_genes: int) -> None:
+        self.vocabulary, self.window, self.max_listed_genes = vocabulary, window, max_listed_genes
         self._token_of: dict[str, int] = {}
 
     def read(self, cell: CellAsked, *, where: str) -> PreparedCell:
@@ -57,7 +57,7 @@ class CellReader:
             raise _nothing_left(names, reasons_g, where)
         summed = np.bincount(position_g, weights=counts_g[used_g])
         everything = len(tokens) + len(self.vocabulary.special)
-        ranked = rank_value_tokens(tokens, summed, self.vocabulary)
+        ranked = rank_value_tokens(tokens, summed, self.vocabulary, window=self.window)
         whole = rank_value_tokens(tokens, summed, self.vocabulary, window=everything) if ranked.cropped else ranked
         facts = CellFacts(
             id=cell_id,
@@ -101,7 +101,7 @@ class CellReader:
     def _from_tokens(self, cell_id: str | None, given: Sequence[int], where: str) -> PreparedCell:
         genes = self._checked_genes(given, where)
         frame = 0 if self.vocabulary.cls is None else 2
-        kept = genes[: self.vocabulary.window - frame]
+        kept = genes[: self.window - frame]
         facts = CellFacts(
             id=cell_id,
             n_genes=len(genes),

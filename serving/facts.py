@@ -44,7 +44,8 @@ def describe(release: Release, bundle: Bundle, config: ServingConfig) -> InfoAns
         encoder=EncoderFacts(
             width=bundle.config["hidden_size"],
             layers=bundle.config["num_hidden_layers"],
-            window=vocabulary.window,
+            # Cells are cropped to what the model has positions for.
+            window=min(vocabulary.window, bundle.config["max_position_embeddings"]),
             n_genes=len(vocabulary.gene_ids),
             has_cls=has_cls,
         ),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from genescale.platform.address import is_remote
 from genescale.platform.bundle import Bundle, open_bundle
-from genescale.platform.errors import IntegrityError, VocabularyError
+from genescale.platform.errors import IntegrityError
 from genescale.platform.settings import Settings
 
 REGISTRY = "models:/"
@@ -51,17 +51,17 @@ def resolve(model: str | Path | Bundle, settings: Settings, cache: Path) -> Rele
 
     `model` is a bundle, a folder, `s3://…`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
-    Raises TrackingError, StorageError or IntegrityError when it cannot be had, VocabularyError when it cannot be used.
+    Raises TrackingError, StorageError or IntegrityError when it cannot be had.
     """
     if isinstance(model, Bundle):
-        return _unregistered(_servable(model), str(model.folder))
+        return _unregistered(model, str(model.folder))
     address = str(model)
     if not address.startswith(REGISTRY):
-        return _unregistered(_servable(_fetch(address, settings, cache)), address)
+        return _unregistered(_fetch(address, settings, cache), address)
     from genescale.platform.tracking import open_tracker
 
     registered = open_tracker(settings).resolve(address)
-    bundle = _servable(_fetch(registered.reference, settings, cache))
+    bundle = _fetch(registered.reference, settings, cache)
     return Release(
         name=registered.name,
         version=registered.version,
@@ -69,18 +69,6 @@ def resolve(model: str | Path | Bundle, settings: Settings, cache: Path) -> Rele
         address=registered.reference,
         folder=str(bundle.folder),
     )
-
-
-def _servable(bundle: Bundle) -> Bundle:
-    """Cells are cropped to the vocabulary's window, so the model must have a position for each of its ranks."""
-    positions, window = bundle.config.get("max_position_embeddings", 0), bundle.vocabulary.window
-    if positions < window:
-        raise VocabularyError(
-            f"the model has {positions} positions, its vocabulary's window is {window}.",
-            where=bundle.folder.name,
-            fix="Serve a model that was trained on the whole window.",
-        )
-    return bundle
 
 
 def _unregistered(bundle: Bundle, address: str) -> Release:

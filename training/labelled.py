@@ -71,7 +71,7 @@ def labelled_cells(
         raise CorpusError(
             f"column '{label}' gives {len(classes)} class(es) in {table.num_rows:,} cells ({reasons or 'all kept'}).",
             where=f"{corpus.uri}@{corpus.version}",
-            fix="A head needs two classes or more: choose another label column.",
+            fix=_advice(left_out, label, group),
         )
     return LabelledCells(
         index_n=index_n,
@@ -81,6 +81,13 @@ def labelled_cells(
         identity=table.select(["cell_id", "dataset_id"]).take(pa.array(index_n)),
         left_out=left_out,
     )
+
+
+def _advice(left_out: Mapping[str, int], label: str, group: str | None) -> str:
+    """What helps, by what took away most cells."""
+    if group and left_out[f"no {group}"] > left_out[f"no {label}"]:
+        return f"Column '{group}' is empty: group by another column, or split at random."
+    return "A head needs two classes or more: choose another label column."
 
 
 def _texts(table: pa.Table, column: str) -> np.ndarray:

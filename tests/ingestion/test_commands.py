@@ -96,3 +96,9 @@ def test_simulated_atlas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         simulate(["--output", str(tmp_path / "atlas"), "--set", "seed"])
     with pytest.raises(SettingsError, match="unknown key 'sead'"):
         simulate(["--output", str(tmp_path / "atlas"), "--set", "sead=3"])
+    (tmp_path / "small.toml").write_text("files = 1\ncells_per_file = 30\n")
+    arguments = ["--output", str(tmp_path / "atlas"), "--config", str(tmp_path / "small.toml"), "--json"]
+    assert simulate([*arguments, "--set", "cells_per_file=20"]) == 0
+    told = printed(capsys)
+    assert told["cells"] == 20
+    assert sorted(str(path) for path in (tmp_path / "atlas").iterdir()) == sorted([*told["files"], told["truth"]])

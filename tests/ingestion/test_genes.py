@@ -9,7 +9,6 @@ import pytest
 
 from genescale.ingestion.genes import (
     GeneMap,
-    canonical_id,
     ensembl_column,
     gathered,
     library_sizes,
@@ -17,7 +16,7 @@ from genescale.ingestion.genes import (
 )
 from genescale.ingestion.h5ad import CountBlock
 from genescale.platform.errors import AtlasError
-from genescale.platform.vocabulary import Vocabulary
+from genescale.platform.vocabulary import Vocabulary, canonical_id
 
 
 def mapped(vocabulary: Vocabulary, **candidates: list[str]) -> GeneMap:

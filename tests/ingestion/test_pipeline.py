@@ -170,7 +170,7 @@ def test_one_bad_file_does_not_stop_the_others(
     write_atlas("mouse.h5ad", counts_of(5), genes=[f"ENSMUSG{i:011d}" for i in range(60)], folder=folder)
     write_atlas("calls.h5ad", (counts_of(20) > 0).astype(np.float32), folder=folder)
     write_atlas("few.h5ad", counts_of(5)[:, :4], genes=vocabulary.gene_ids[:4], folder=folder)
-    late = counts_of(6_000)
+    late = counts_of(9_000)
     late.data[-1] = 0.25  # beyond the first look, so that a unit fails and not the inspection
     write_atlas("late.h5ad", late, folder=folder)
     (folder / "empty.h5ad").write_bytes(b"")
@@ -184,7 +184,7 @@ def test_one_bad_file_does_not_stop_the_others(
         "calls": "not_counts",
         "late": "not_counts",
     }
-    assert "0.25 (cell 5,999" in refused["late"][1]
+    assert "0.25 (cell 8,999" in refused["late"][1]
     assert "no cell is left of 5 (below_min_genes: 5)" in refused["few"][1]
     assert "detection calls" in refused["calls"][1]
     for name, (_, message) in refused.items():

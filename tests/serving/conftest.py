@@ -11,7 +11,11 @@ import httpx
 import numpy as np
 import pytest
 
+from genescale.platform.settings import Secret
 from genescale.platform.vocabulary import Vocabulary
+from genescale.serving.config import Limits, ServingConfig
+from genescale.serving.gate import Gate
+from genescale.serving.release import Release
 
 if TYPE_CHECKING:
     from genescale.platform.bundle import Bundle
@@ -47,7 +51,7 @@ def bundle(vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> 
     return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny-encoder", vocabulary, seed=11)
 
 
-def write_tiny_bundle(folder: Path, vocabulary: Vocabulary, *, seed: int) -> Bundle:
+def write_tiny_bundle(folder: Path, vocabulary: Vocabulary, *, seed: int, positions: int = WINDOW) -> Bundle:
     from genescale.platform.bundle import write_bundle
     from genescale.training.model import EncoderConfig, new_model
     from genescale.training.weights import to_hf
@@ -58,7 +62,7 @@ def write_tiny_bundle(folder: Path, vocabulary: Vocabulary, *, seed: int) -> Bun
         layers=2,
         heads=2,
         feed_forward=32,
-        positions=WINDOW,
+        positions=positions,
         # Published initial weights are so small that all embeddings look alike; larger ones make tests sharp.
         initializer_range=0.3,
     )
@@ -74,7 +78,7 @@ def write_tiny_bundle(folder: Path, vocabulary: Vocabulary, *, seed: int) -> Bun
 
 @pytest.fixture(scope="session")
 def write_bundle_at(vocabulary: Vocabulary) -> Callable[..., Bundle]:
-    return lambda folder, seed: write_tiny_bundle(folder, vocabulary, seed=seed)
+    return lambda folder, seed, **more: write_tiny_bundle(folder, vocabulary, seed=seed, **more)
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +110,39 @@ def tokens_of(vocabulary: Vocabulary) -> Callable[[Mapping[str, float]], np.ndar
         return rank_value_tokens(ids, list(counts.values()), vocabulary).input_ids
 
     return tokens
+
+
+@pytest.fixture
+def http_side() -> Callable[..., Gate]:
+    """The HTTP side of a bundle and a model: `http_side(bundle, model, keys=…, max_cells=…)`."""
+    from genescale.serving.answers import Answers
+    from genescale.serving.facts import describe
+    from genescale.serving.routes import http_application
+
+    def make(bundle: Bundle, model: Any, *, keys: Sequence[str] = (), **limits: Any) -> Gate:
+        config = ServingConfig(api_keys=tuple(Secret(key) for key in keys), limits=Limits(**limits))
+        release = Release(name="tiny", version="3", digest=bundle.digest, address="models:/tiny/3", folder="")
+        answers = Answers(model, bundle.vocabulary, describe(release, bundle, config), config.limits)
+        return http_application(answers, config)
+
+    return make
+
+
+@pytest.fixture
+def build(bundle: Bundle, embedder: Embedder, http_side: Callable[..., Gate]) -> Callable[..., Gate]:
+    """The HTTP side of the tiny model with chosen limits, keys, budget or another model."""
+    from genescale.serving.in_process import InProcessModel
+
+    def make(*, budget: int = 8_192, model: Any = None, **more: Any) -> Gate:
+        return http_side(bundle, model or InProcessModel(embedder, tokens_per_batch=budget), **more)
+
+    return make
+
+
+@pytest.fixture
+def app(build: Callable[..., Gate]) -> Gate:
+    """The HTTP side of the tiny model as it comes."""
+    return build()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ DrawCell = Callable[[int, int], dict[str, float]]
 
 def read(vocabulary: Vocabulary, *, listed: int = 50, **cell: object) -> PreparedCell:
     asked = CellAsked.model_validate(cell)
-    return CellReader(vocabulary, max_listed_genes=listed).read(asked, where="cells[4]")
+    return CellReader(vocabulary, window=WINDOW, max_listed_genes=listed).read(asked, where="cells[4]")
 
 
 @pytest.mark.parametrize("n_genes", [1, 20, WINDOW - 2, WINDOW - 1, 110])

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from genescale.platform.errors import IntegrityError, NotFoundError, TrackingError, VocabularyError
+from genescale.platform.errors import IntegrityError, NotFoundError, TrackingError
 from genescale.platform.settings import Settings
-from genescale.platform.vocabulary import Vocabulary
 from genescale.serving.release import resolve
 
 if TYPE_CHECKING:
@@ -79,21 +78,3 @@ def test_a_folder_that_changed_after_the_deploy_is_refused(
     write_bundle_at(folder, 2)
     with pytest.raises(IntegrityError, match="was deployed"):
         release.open(settings, tmp_path)
-
-
-def test_a_model_without_a_position_for_each_rank_is_not_served(
-    settings: Settings, vocabulary: Vocabulary, bundle: Bundle, tmp_path: Path
-) -> None:
-    from genescale.platform.bundle import write_bundle
-
-    config = {**bundle.config, "max_position_embeddings": vocabulary.window - 1}
-    short = write_bundle(
-        tmp_path / "short",
-        kind=bundle.kind,
-        config=config,
-        weights=bundle.weights(),
-        vocabulary=vocabulary,
-        lineage={},
-    )
-    with pytest.raises(VocabularyError, match="47 positions"):
-        resolve(short, settings, tmp_path)

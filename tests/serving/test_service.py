@@ -14,11 +14,13 @@ import pytest
 from genescale.perturbation.perturb import EditRequest, perturb_cell
 from genescale.platform import errors
 from genescale.platform.settings import Secret, Settings
+from genescale.platform.storage import Store, join
 from genescale.platform.vocabulary import Vocabulary
 from genescale.serving.client import GenescaleClient
 from genescale.serving.config import Limits, ServingConfig
 
 if TYPE_CHECKING:
+    from genescale.ingestion.corpus import Corpus
     from genescale.platform.bundle import Bundle
     from genescale.serving.app import RunningService
     from genescale.training.embedder import Embedder
@@ -39,9 +41,13 @@ def running(
 
     from genescale.serving.app import service
 
-    before = list_named_actors(all_namespaces=True)
+    def actors_of_serve() -> list[Any]:
+        return [actor for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == "serve"]
+
     config = ServingConfig(
         port=0,
+        # Leaves a processor of the two for a screen.
+        num_cpus=0.5,
         max_ongoing=PLACES // 2,
         max_queued=PLACES // 2,
         tokens_per_batch=200,
@@ -49,11 +55,12 @@ def running(
         limits=Limits(max_body_bytes=1_000_000),
     )
     with service(bundle, config, settings_for(tmp_path_factory.mktemp("service"))) as up:
+        assert actors_of_serve()
         yield up
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{up.url}/healthz")
     assert not serve.status().proxies
-    assert list_named_actors(all_namespaces=True) == before
+    assert not actors_of_serve()
 
 
 @pytest.fixture
@@ -110,6 +117,55 @@ def test_perturbations_are_those_of_perturb_cell_bit_for_bit(
     for edit, one in zip(cell.edits, direct, strict=True):
         assert [gene.cosine for gene in edit.gene_shifts] == [one.gene_cosines.get(token) for token in watched_tokens]
     assert cell.report.cropped
+
+
+@pytest.mark.parametrize("kind", ["delete", "overexpress"])
+def test_a_screen_and_the_service_agree_on_the_same_cells_bit_for_bit(
+    client: GenescaleClient,
+    bundle: Bundle,
+    draw_cell: DrawCell,
+    tokens_of: Tokens,
+    local_store: Store,
+    tmp_path: Path,
+    kind: Any,
+) -> None:
+    from genescale.perturbation.screen import ScreenConfig, read_screen, screen
+
+    cells, genes = [draw_cell(seed, n) for seed, n in enumerate((20, 46, 100))], ("GENE1", "GENE7", "GENE50")
+    corpus = write_corpus(str(tmp_path / "corpus"), bundle.vocabulary, local_store, [tokens_of(cell) for cell in cells])
+    config = ScreenConfig(kind=kind, genes=genes, device="cpu")
+    screen(bundle, corpus, config, out_uri=str(tmp_path / "screen"), store=local_store)
+    screened = read_screen(str(tmp_path / "screen"), local_store).cell_shifts
+    answer = client.perturbations(cells, [{"kind": kind, "genes": [gene]} for gene in genes])
+    edits = [edit for cell in answer.cells for edit in cell.edits]
+    assert screened["cosine"].to_list() == [edit.cosine for edit in edits]
+    assert screened["rank"].to_list() == [edit.found.get(edit.genes[0]) for edit in edits]
+    assert screened["n_cut"].to_list() == [edit.n_cut for edit in edits]
+
+
+def write_corpus(uri: str, vocabulary: Vocabulary, store: Store, cells: list[np.ndarray]) -> Corpus:
+    import pyarrow as pa
+
+    from genescale.ingestion.corpus import Corpus, NewPart, Source, dataset_folder
+    from genescale.ingestion.parts import part_bytes
+    from genescale.ingestion.schema import METADATA_COLUMNS, part_schema
+
+    n = len(cells)
+    columns = {
+        "cell_id": [f"cell-{i}" for i in range(n)],
+        "source_row": list(range(n)),
+        "input_ids": [cell.tolist() for cell in cells],
+        "length": [len(cell) for cell in cells],
+        "total_counts": [1000.0] * n,
+        "n_genes": [len(cell) for cell in cells],
+        **{name: [None] * n for name in METADATA_COLUMNS},
+    }
+    data = part_bytes(pa.table(columns, schema=part_schema(vocabulary.token_dtype)))
+    corpus = Corpus.create(uri, vocabulary, store)
+    path = f"{dataset_folder('tiny')}/part-0.parquet"
+    store.write(join(uri, path), data)
+    source = Source(uri="tiny.h5ad", size_bytes=1, etag="1", vocabulary_digest=vocabulary.digest, recipe={})
+    return corpus.commit_source(source, "tiny", [NewPart(path=path, rows=n, size_bytes=len(data))], {})
 
 
 def test_requests_that_share_passes_get_the_answers_they_would_get_alone(

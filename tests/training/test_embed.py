@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import anndata
@@ -151,6 +152,26 @@ def test_what_cannot_be_embedded_is_refused_before_any_work(
     with pytest.raises(SettingsError, match="no GPU"):
         embed_corpus(tiny_bundle, tiny_corpus, out_uri=out, store=tiny_corpus.store, config=gpu)
     assert tiny_corpus.store.list(out) == []
+
+
+def test_a_fault_in_a_worker_comes_back_as_what_it_is(
+    ray_local: None, tiny_bundle: Bundle, tiny_corpus: Corpus, tmp_path: Path
+) -> None:
+    """A damaged token page is found by the worker that reads it; the driver names the part, not Ray's wrappers."""
+    shutil.copytree(tiny_corpus.uri, tmp_path / "corpus")
+    corpus = Corpus.open(str(tmp_path / "corpus"), tiny_corpus.store)
+    part = Path(corpus.parts[1].uri)
+    column = next(
+        c for c in map(pq.read_metadata(part).row_group(0).column, range(20)) if "input_ids" in c.path_in_schema
+    )
+    data = bytearray(part.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 0xFF
+    part.write_bytes(bytes(data))
+    out = str(tmp_path / "out")
+    with pytest.raises(IntegrityError, match=part.name):
+        embed_corpus(tiny_bundle, corpus, out_uri=out, store=corpus.store, config=SMALL)
+    with pytest.raises(NotFoundError):
+        read_embeddings(out, corpus.store)
 
 
 def test_finetuning_takes_stored_embeddings(embedded: str, tiny_bundle: Bundle, tiny_corpus: Corpus) -> None:

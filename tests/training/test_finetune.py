@@ -179,6 +179,7 @@ def test_another_result_is_not_overwritten(
         ({"label": "cell_typ"}, CorpusError, "cell_type"),
         ({"label": "tissue"}, CorpusError, "0 class"),
         ({"group": "dataset_id"}, InputError, "2 group"),
+        ({"group": "sex"}, CorpusError, "Column 'sex' is empty.*at random"),
         ({"encoder": "trained", "frozen_layers": 1}, SettingsError, "nothing is left to train"),
     ],
 )

@@ -16,7 +16,6 @@ from genescale.training.sweep_spec import TuneSpec, read_spec, spec_of
 from genescale.training.tune import METRIC, TuneResult, tune
 
 FINETUNE = {"epochs": 6, "fractions": [0.6, 0.2, 0.2], "cells_per_batch": 32, "device": "cpu"}
-# A learning rate at which nothing can be learned beside one that works: the sweep must tell them apart.
 SEARCH = {"learning_rate": {"choices": [1e-8, 3e-2]}}
 
 
