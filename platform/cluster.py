@@ -54,7 +54,9 @@ def ray_cluster(settings: Settings) -> Iterator[None]:
         yield
         return
     with _short_temp_dir(settings.cluster) as temp_dir:
-        _connect(ray, settings.cluster, temp_dir)
+        with _no_remarks():
+            _connect(ray, settings.cluster, temp_dir)
+        _quiet_ray_data()
         try:
             yield
         finally:
@@ -82,7 +84,20 @@ def _connect(ray: Any, cluster: ClusterSettings, temp_dir: str) -> None:
         else:
             fix = "Check free memory, /dev/shm and the folder cluster.temp_dir."
         raise ClusterError(f"Ray did not start: {error}.", where=cluster.address or "local Ray", fix=fix) from error
-    _quiet_ray_data()
+
+
+@contextlib.contextmanager
+def _no_remarks() -> Iterator[None]:
+    """Keep off the terminal what Ray's C++ side says while it starts; what goes wrong arrives as an exception."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _quiet_ray_data() -> None:

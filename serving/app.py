@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions
 from ray.serve.handle import DeploymentHandle
@@ -31,7 +32,7 @@ from genescale.serving.config import ServingConfig
 from genescale.serving.facts import describe
 from genescale.serving.gate import Gate
 from genescale.serving.release import Release, resolve
-from genescale.serving.replicas import ServedModel, cache_folder, model_deployment, prepare_process
+from genescale.serving.replicas import CONSTRUCTOR_TRIES, ServedModel, cache_folder, model_deployment, prepare_process
 from genescale.serving.routes import http_application
 
 # Room at the HTTP side beyond admitted requests: for refusing others quickly, and for probes.
@@ -68,6 +69,8 @@ def start(model: str | Path | Bundle, config: ServingConfig, settings: Settings)
         )
     # Importing Serve made it talkative; what it says when it starts and stops is said better by who called.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if not settings.cluster.address:
+        _check_room(config)
     config = replace(config, port=config.port or _free_port(config.host))
     release = resolve(model, settings, cache_folder(config))
     limits = config.limits
@@ -88,14 +91,12 @@ def start(model: str | Path | Bundle, config: ServingConfig, settings: Settings)
             route_prefix="/",
             logging_config=_quiet(),
         )
-    except BaseException as error:
+    except RuntimeError as error:
+        reason = _reason(error, config.application)
         serve.shutdown()
-        if isinstance(error, RuntimeError):
-            raise ClusterError(
-                f"the service did not come up: {error}.",
-                where=f"{config.host}:{config.port}",
-                fix="Check that the address is free and that Ray has the processors and GPUs asked for.",
-            ) from error
+        raise ClusterError(f"the service did not come up: {reason}", where=f"{config.host}:{config.port}") from error
+    except BaseException:
+        serve.shutdown()
         raise
     return RunningService(url=_url(config), release=release, config=config)
 
@@ -130,6 +131,7 @@ def _application(release: Release, config: ServingConfig, settings: Settings) ->
         max_ongoing_requests=config.max_admitted + INGRESS_HEADROOM,
         max_queued_requests=INGRESS_QUEUE,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=config.retry_after_s),
+        max_constructor_retry_count=CONSTRUCTOR_TRIES,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=config.limits.deadline_s,
     )
@@ -153,6 +155,30 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Gate:
         return http_application(self._answers, self._config, echo_request_id=False)
+
+
+def _check_room(config: ServingConfig) -> None:
+    """Raise ClusterError when this machine's Ray can never place the replicas; Serve would wait for ever."""
+    there = ray.cluster_resources()
+    asked = {
+        "CPU": config.replicas * config.num_cpus + config.ingress_replicas * INGRESS_CPUS,
+        "GPU": config.replicas * config.num_gpus,
+    }
+    for name, number in asked.items():
+        if number > there.get(name, 0.0):
+            raise ClusterError(
+                f"the service asks for {number:g} {name}s, Ray has {there.get(name, 0.0):g}.",
+                where="local Ray",
+                fix="Ask for fewer replicas, for less per replica, or raise cluster.num_cpus or cluster.num_gpus.",
+            )
+
+
+def _reason(error: RuntimeError, name: str) -> str:
+    """The last line of what went wrong: in a deployment that failed, else in the error itself (a proxy's, say)."""
+    application = serve.status().applications.get(name)
+    failed = [one.message for one in application.deployments.values() if one.message] if application else []
+    lines = [line.strip() for line in (failed or [str(error)])[0].splitlines() if line.strip()]
+    return lines[-1]
 
 
 def _quiet() -> LoggingConfig:

@@ -45,6 +45,8 @@ from genescale.serving.schemas import Layer, Pooling
 PROBE_GENES = 16
 PROBE_PLACES = 2
 HEALTH_CHECK_PERIOD_S = 10.0
+# What fails twice, a download say, may be worth a third try; a wrong device fails twenty times as well.
+CONSTRUCTOR_TRIES = 3
 
 
 def total_cost(passes: Sequence[Pass]) -> int:
@@ -168,6 +170,7 @@ def model_deployment(release: Release, config: ServingConfig, settings: Settings
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         # A check waits for the pass before it, never for a whole request.
         health_check_timeout_s=limits.deadline_s,
+        max_constructor_retry_count=CONSTRUCTOR_TRIES,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=limits.deadline_s,
     ).bind(release, config, settings)

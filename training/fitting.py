@@ -26,6 +26,7 @@ from genescale.training.model import Encoder, pack
 from genescale.training.scores import Scores, score
 
 CELLS_TO_STANDARDISE = 512
+"""About so many training cells, evenly spaced, give the head its mean and scale when the encoder is trained too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,27 +174,14 @@ def fit_encoder(
     do not change. The encoder's own dropout works in the trained layers only. Raises SettingsError when nothing of the
     encoder would be trained.
     """
-    device = next(encoder.parameters()).device
     layers = layers_to_run(spec.layer, encoder.config.layers)
     trained = _thaw(encoder, frozen_layers, layers)
-    special_ids = torch.tensor(sorted(specials), device=device)
-
-    def vectors_of(cells: Sequence[np.ndarray]) -> torch.Tensor:
-        batch = pack(cells).to(device)
-        return pool(encoder(batch, layers=layers), batch, spec.pooling, special_ids)
-
-    @torch.inference_mode()
-    def embed(cells: Sequence[np.ndarray]) -> np.ndarray:
-        encoder.eval()
-        vectors_nd = np.empty((len(cells), spec.width), dtype=np.float32)
-        lengths_n = np.array([len(cell) for cell in cells])
-        for positions_n in plan_batches(lengths_n, config.tokens_per_batch):
-            vectors_nd[positions_n] = vectors_of([cells[i] for i in positions_n]).cpu().numpy()
-        return vectors_nd
-
+    vectors = _EncoderVectors(encoder, spec, layers, specials, config.tokens_per_batch)
+    device = vectors.device
     with own_randomness(config.seed, device):
         head = CellClassHead(spec).to(device)
-        head.standardise(embed(train.cells[:CELLS_TO_STANDARDISE]))
+        every = max(1, len(train.cells) // CELLS_TO_STANDARDISE)
+        head.standardise(vectors.detached(train.cells[::every]))
         groups = _decayed(head, config.learning_rate, config.weight_decay)
         for module in trained:
             groups += _decayed(module, config.encoder_learning_rate, config.weight_decay)
@@ -207,17 +195,43 @@ def fit_encoder(
                 module.train()
             losses = []
             for chunk in plan[epoch]:
-                vectors_bd = vectors_of([train.cells[i] for i in chunk])
+                vectors_bd = vectors.of([train.cells[i] for i in chunk])
                 loss = functional.cross_entropy(head(vectors_bd), codes_n[chunk], weight=weight_c)
                 losses.append(steps.take(loss) * len(chunk))
             return sum(losses) / len(codes_n)
 
         def validate() -> tuple[float, Scores]:
-            return _judge(head.probabilities(embed(validation.cells)), validation.codes_n, spec)
+            return _judge(head.probabilities(vectors.detached(validation.cells)), validation.codes_n, spec)
 
         fitted = _run_epochs([head, *trained], head, train_epoch, validate, config, on_epoch)
     encoder.eval()
     return fitted
+
+
+class _EncoderVectors:
+    """Cell vectors from an encoder that is being trained."""
+
+    def __init__(
+        self, encoder: Encoder, spec: HeadSpec, layers: int, specials: Sequence[int], tokens_per_batch: int
+    ) -> None:
+        self.encoder, self.spec, self.layers, self.tokens_per_batch = encoder, spec, layers, tokens_per_batch
+        self.device = next(encoder.parameters()).device
+        self.specials = torch.tensor(sorted(specials), device=self.device)
+
+    def of(self, cells: Sequence[np.ndarray]) -> torch.Tensor:
+        """Vectors of one batch (b, d), with gradients."""
+        batch = pack(cells).to(self.device)
+        return pool(self.encoder(batch, layers=self.layers), batch, self.spec.pooling, self.specials)
+
+    @torch.inference_mode()
+    def detached(self, cells: Sequence[np.ndarray]) -> np.ndarray:
+        """Vectors of many cells (n, d) float32, without dropout; leaves the encoder in evaluation mode."""
+        self.encoder.eval()
+        vectors_nd = np.empty((len(cells), self.spec.width), dtype=np.float32)
+        lengths_n = np.array([len(cell) for cell in cells])
+        for positions_n in plan_batches(lengths_n, self.tokens_per_batch):
+            vectors_nd[positions_n] = self.of([cells[i] for i in positions_n]).cpu().numpy()
+        return vectors_nd
 
 
 @contextlib.contextmanager

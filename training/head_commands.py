@@ -73,8 +73,8 @@ def embed(argv: Sequence[str]) -> int:
     from genescale.platform.progress import stage
     from genescale.platform.settings import build
     from genescale.platform.storage import Store
-    from genescale.training.annotate import annotate_h5ad
     from genescale.training.embed import EmbedConfig, embed_corpus
+    from genescale.training.embeddings import annotate_h5ad
 
     names = ("layer", "pooling", "precision", "device", "actors")
     config = build(EmbedConfig, {name: getattr(arguments, name) for name in names}, where="options")

@@ -155,8 +155,8 @@ def pretrain_encoder(demo: Demo, progress: Progress) -> Made:
 
 def embed_atlas(demo: Demo, progress: Progress) -> Made:
     """One embedding per cell of the corpus, as Parquet and as obsm of a copy of each atlas file."""
-    from genescale.training.annotate import annotate_h5ad
     from genescale.training.embed import embed_corpus
+    from genescale.training.embeddings import annotate_h5ad
 
     uri = demo.at("embeddings")
     report = embed_corpus(bundle_of(demo), corpus_of(demo), out_uri=uri, store=demo.store, progress=progress)
