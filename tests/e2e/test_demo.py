@@ -86,11 +86,10 @@ def test_the_demo_runs_to_the_end_and_leaves_nothing_behind(tmp_path: Path) -> N
 def test_killed_at_any_stage_it_goes_on_and_finishes(tmp_path: Path, mode: list[str]) -> None:
     work, home = tmp_path / "w", tmp_path / "home"
     command = [*COMMAND, "--work", str(work), *mode]
-    done = 0
+    log, done = tmp_path / "log.txt", 0
     for _ in range(20):
-        run = subprocess.Popen(
-            command, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        with log.open("a") as output:
+            run = subprocess.Popen(command, env=environment(home), stdout=output, stderr=subprocess.STDOUT)
         # Kill a little after the next stage was recorded, so that the one after it is under way.
         while run.poll() is None and (not (work / "state.json").is_file() or len(stages(work)) <= done):
             time.sleep(0.2)
@@ -101,8 +100,7 @@ def test_killed_at_any_stage_it_goes_on_and_finishes(tmp_path: Path, mode: list[
         run.send_signal(signal.SIGKILL)
         run.wait()
         assert wait_until_gone(work) == []
-    output = run.communicate()[0]
-    assert run.returncode == 0, output
+    assert run.returncode == 0, log.read_text()
     assert len(stages(work)) == 9
     assert stages(work)["ask"]["made"]["embedding_difference"] == 0.0  # type: ignore[index]
 
