@@ -137,7 +137,7 @@ def test_every_package_is_listed() -> None:
 
 
 def test_top_level_is_the_agreed_one() -> None:
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
     names = {line.split("/")[0] for line in listed.stdout.splitlines()}
@@ -146,7 +146,7 @@ def test_top_level_is_the_agreed_one() -> None:
 
 def tracked_texts() -> list[Path]:
     kinds = {".py", ".md", ".toml", ".txt", ".sh", ".yaml", ".yml", ".json", ""}
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     paths = [ROOT / line for line in listed.stdout.splitlines()]
     return [path for path in paths if path.suffix in kinds and path.is_file()]
 
