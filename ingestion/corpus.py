@@ -3,63 +3,64 @@
 One commit adds one source file together with the identity of that source, so a source is in the corpus whole and once,
 or not at all. The table's version is the corpus version: an open Corpus is pinned to one, reads it unchanged whatever
 is committed later, and travels to Ray workers. Part files that no commit names do not exist for readers.
+
+A corpus has one of two layouts. `datasets`: what ingestion writes; a part holds cells of one dataset. `shuffled`: what
+`genescale corpus shuffle` makes of one for training; every part holds cells of all datasets, the dataset is a stored
+column, `Part.dataset_id` is empty, and it only changes by being shuffled again.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy.typing as npt
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.transaction import AddAction
 
-from genescale.ingestion.history import COMMIT_KEY, read_history
+from genescale.ingestion import commits
+from genescale.ingestion.commits import SCHEMA_VERSION_KEY
+from genescale.ingestion.delta_table import Table, create_table, find_table, opened_table
+from genescale.ingestion.history import read_history
+from genescale.ingestion.parts import LABEL_PREFIX, PartReader
 from genescale.ingestion.parts import Part as Part
-from genescale.ingestion.parts import PartReader
 from genescale.ingestion.records import CommitRecord as CommitRecord
 from genescale.ingestion.records import DatasetRecord as DatasetRecord
 from genescale.ingestion.records import NewPart as NewPart
 from genescale.ingestion.records import Source as Source
 from genescale.ingestion.records import dataset_folder as dataset_folder
+from genescale.ingestion.records import dataset_records
 from genescale.ingestion.records import parse_reference as parse_reference
-from genescale.ingestion.schema import (
-    CORPUS_SCHEMA_VERSION,
-    PARTITION_COLUMN,
-    TOKEN_COLUMN,
-    corpus_schema,
-    table_schema,
-)
+from genescale.ingestion.schema import CORPUS_SCHEMA_VERSION, TOKEN_COLUMN, corpus_schema, table_schema
+from genescale.ingestion.source_files import read_recorded
 from genescale.platform.address import parse
 from genescale.platform.errors import AlreadyExistsError, CorpusError, IntegrityError, NotFoundError, did_you_mean
 from genescale.platform.storage import Store, join
 from genescale.platform.vocabulary import Vocabulary, read_vocabulary
 
 VOCABULARY_FILE = ("_genescale", "vocabulary.parquet")
-DATASET_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+VOCABULARY_KEY, VOCABULARY_FILE_KEY = "genescale.vocabularyDigest", "genescale.vocabularyFileSha256"
+LAYOUT_KEY = "genescale.layout"
 DEFAULT_CACHE_BYTES = 256 * 1024 * 1024
-# Versions are pinned by training runs for years; Delta's defaults would forget them after thirty days.
-RETENTION = {
-    "delta.logRetentionDuration": "interval 36500 days",
-    "delta.deletedFileRetentionDuration": "interval 36500 days",
-}
-T = TypeVar("T")
+Layout = Literal["datasets", "shuffled"]
 
 
 class Corpus:
     """A corpus pinned to one version; picklable, and safe to read from several threads."""
 
-    def __init__(self, table: DeltaTable, uri: str, vocabulary: Vocabulary, store: Store, cache_bytes: int) -> None:
+    def __init__(self, table: Table, uri: str, vocabulary: Vocabulary, store: Store, cache_bytes: int) -> None:
         self.uri, self.vocabulary, self.store = uri, vocabulary, store
-        self.version: int = table.version()
-        self.parts: tuple[Part, ...] = _parts(table, uri)
-        self._table: DeltaTable | None = table
+        self.version: int = table.version
+        self.layout: Layout = "shuffled" if table.configuration.get(LAYOUT_KEY) == "shuffled" else "datasets"
+        self.schema_version = int(table.configuration.get(SCHEMA_VERSION_KEY, 0))
+        self.vocabulary_sha256 = table.configuration.get(VOCABULARY_FILE_KEY, "")
+        """Digest of the vocabulary's file; empty in a corpus of the first release."""
+        self.files = tuple(table.files())
+        """The part files of this version, by path."""
+        self.parts: tuple[Part, ...] = tuple(
+            Part(uri=join(uri, file.path), rows=file.rows, dataset_id=file.dataset_id) for file in self.files
+        )
+        self._table: Table | None = table
         self._reader = PartReader(self.parts, store, vocabulary.token_dtype, cache_bytes)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,7 +68,13 @@ class Corpus:
 
     @classmethod
     def create(
-        cls, uri: str, vocabulary: Vocabulary, store: Store, *, cache_bytes: int = DEFAULT_CACHE_BYTES
+        cls,
+        uri: str,
+        vocabulary: Vocabulary,
+        store: Store,
+        *,
+        layout: Layout = "datasets",
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> Corpus:
         """Make an empty corpus, or open the one that is there; CorpusError when that one has another vocabulary."""
         uri = parse(uri).uri
@@ -76,17 +83,24 @@ class Corpus:
         except AlreadyExistsError:
             _refuse_other_vocabulary(vocabulary, _stored_vocabulary(uri, store), uri)
         # The vocabulary is there before the table, so a corpus that can be opened is never without one.
-        if _table(uri, store) is None:
-            _create_table(uri, vocabulary, store)
-        return cls.open(uri, store, cache_bytes=cache_bytes)
+        if find_table(uri, store) is None:
+            _create(uri, vocabulary, store, layout)
+        corpus = cls.open(uri, store, cache_bytes=cache_bytes)
+        if corpus.layout != layout:
+            raise CorpusError(f"its layout is '{corpus.layout}'.", where=uri, fix="Choose another address.")
+        return corpus
 
     @classmethod
     def find(cls, uri: str, vocabulary: Vocabulary, store: Store) -> Corpus | None:
-        """The corpus at `uri`, or None when there is none; CorpusError when it has another vocabulary."""
-        if _table(parse(uri).uri, store) is None:
+        """The corpus at `uri` to add sources to, or None when there is none.
+
+        Raises CorpusError when it has another vocabulary, and when it is a shuffled one.
+        """
+        if find_table(parse(uri).uri, store) is None:
             return None
         corpus = cls.open(uri, store)
         _refuse_other_vocabulary(vocabulary, corpus.vocabulary, corpus.uri)
+        corpus.refuse_shuffled("a source cannot be added to it")
         return corpus
 
     @classmethod
@@ -100,7 +114,7 @@ class Corpus:
         """
         address, named = parse_reference(uri)
         uri, version = parse(address).uri, version if version is not None else named
-        table = _table(uri, store, version=version)
+        table = find_table(uri, store, version=version)
         if table is None:
             raise CorpusError("there is no corpus here.", where=uri, fix="Make one with `genescale ingest`.")
         vocabulary = _stored_vocabulary(uri, store)
@@ -111,7 +125,7 @@ class Corpus:
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of a row; `input_ids` in the vocabulary's token type."""
+        """Columns of a row; `input_ids` in the vocabulary's token type. Parts of earlier releases read as null."""
         return corpus_schema(self.vocabulary.token_dtype)
 
     @property
@@ -119,19 +133,18 @@ class Corpus:
         """Cells in this version."""
         return sum(part.rows for part in self.parts)
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the part files of this version."""
+        return sum(file.size_bytes for file in self.files)
+
     def cells(self, columns: Sequence[str], *, parts: Sequence[int] | None = None) -> pa.Table:
         """Scalar columns of all cells, in global order: parts sorted by path, rows as they stand in them.
 
+        columns: names of the schema; `labels.NAME` gives one of the further obs columns (null where a cell has none).
         parts: numbers of the parts to read (positions in `self.parts`); None reads all.
         """
-        for name in columns:
-            if name not in self.schema.names or name == TOKEN_COLUMN:
-                known = [column for column in self.schema.names if column != TOKEN_COLUMN]
-                hint = "Tokens are read with `tokens`." if name == TOKEN_COLUMN else did_you_mean(name, known)
-                raise CorpusError(
-                    f"'{name}' is not a scalar column.", where=self.uri, fix=hint or f"Columns: {', '.join(known)}."
-                )
-        schema = pa.schema([self.schema.field(name) for name in columns])
+        schema = pa.schema([self._scalar(name) for name in columns])
         return self._reader.scalars(schema, parts)
 
     def tokens(self, indices: Sequence[int]) -> list[npt.NDArray[Any]]:
@@ -140,179 +153,108 @@ class Corpus:
 
     def datasets(self) -> list[DatasetRecord]:
         """The datasets of this version, by name."""
-        cells: dict[str, int] = {}
-        for part in self.parts:
-            cells[part.dataset_id] = cells.get(part.dataset_id, 0) + part.rows
-        newest = {r.dataset_id: r for r in reversed(self.history()) if r.operation == "ingest"}
-        return [
-            DatasetRecord(
-                dataset_id=dataset,
-                n_cells=n,
-                source_uri=str(newest[dataset].details.get("source", {}).get("uri", "")) if dataset in newest else "",
-                source_identity=str(newest[dataset].details.get("identity", "")) if dataset in newest else "",
-                added_in_version=newest[dataset].version if dataset in newest else 0,
-            )
-            for dataset, n in sorted(cells.items())
-        ]
+        return dataset_records(self.files, self.history(), shuffled=self.layout == "shuffled")
+
+    def dataset(self, dataset_id: str) -> DatasetRecord:
+        """One dataset of this version; CorpusError when it is not there."""
+        found = {record.dataset_id: record for record in self.datasets()}
+        if dataset_id not in found:
+            hint = did_you_mean(dataset_id, found) or f"Datasets: {', '.join(found) or 'none'}."
+            raise CorpusError(f"there is no dataset '{dataset_id}'.", where=self.uri, fix=hint)
+        return found[dataset_id]
 
     def history(self) -> list[CommitRecord]:
         """Every commit up to this version, newest first."""
         return read_history(self.uri, self.store, self.version)
 
+    def source_files(self, dataset_id: str) -> Mapping[str, Mapping[str, Any]]:
+        """Files that were committed with a dataset: name -> path, size_bytes, sha256."""
+        files = self.dataset(dataset_id).details.get("files", {})
+        return files if isinstance(files, Mapping) else {}
+
+    def read_source_file(self, dataset_id: str, name: str) -> bytes:
+        """Content of a file that was committed with a dataset, such as `report.json`.
+
+        Raises CorpusError when there is none of that name, IntegrityError when it is not what was committed.
+        """
+        files = self.source_files(dataset_id)
+        if name not in files:
+            hint = did_you_mean(name, files) or f"Files: {', '.join(sorted(files)) or 'none'}."
+            raise CorpusError(f"dataset '{dataset_id}' has no file '{name}'.", where=self.uri, fix=hint)
+        return read_recorded(self.uri, files[name], self.store)
+
     # --- changing ----------------------------------------------------------------------------------------------------
 
     def is_committed(self, source_identity: str) -> bool:
         """Whether this version holds the source with that identity (removed ones do not count)."""
-        return _present(self._pinned().transaction_version(_transaction(source_identity)))
+        return commits.present(self._pinned().transaction_number(commits.transaction_name(source_identity)))
 
     def commit_source(
-        self, source: Source, dataset_id: str, parts: Sequence[NewPart], details: Mapping[str, Any]
+        self,
+        source: Source,
+        dataset_id: str,
+        parts: Sequence[NewPart],
+        details: Mapping[str, Any],
+        *,
+        files: Mapping[str, bytes] = {},
+        replace: bool = False,
     ) -> Corpus:
         """Add the parts of one source in one transaction, and return the corpus at the new version.
 
-        details: counts and reasons, kept in the history. Raises CorpusError when the source or the dataset is already
-        there, also when another writer commits it at the same moment, and IntegrityError when a part is not as written.
+        details: counts and reasons, kept in the history; files: name -> content, stored before the transaction and
+        named by it; replace: a dataset of this name leaves in the same transaction, and earlier versions still hold
+        it. Raises CorpusError when the source, or without `replace` the dataset, is already there, also when another
+        writer commits it at the same moment, and IntegrityError when a part is not as written.
         """
-        table = self._newest()
-        self._check_commit(table, source, dataset_id, parts)
-        modified = int(datetime.datetime.now(tz=datetime.UTC).timestamp() * 1000)
-        actions = [
-            AddAction(
-                path=part.path,
-                size=part.size_bytes,
-                partition_values={PARTITION_COLUMN: dataset_id},
-                modification_time=modified,
-                data_change=True,
-                stats=json.dumps({"numRecords": part.rows}),
-            )
-            for part in parts
-        ]
-        record = {
-            "operation": "ingest",
-            "dataset_id": dataset_id,
-            "identity": source.identity,
-            "source": dataclasses.asdict(source),
-            **details,
-        }
-        self._write(
-            lambda: table.create_write_transaction(
-                actions,
-                mode="append",
-                schema=table_schema(self.vocabulary.token_dtype),
-                partition_by=[PARTITION_COLUMN],
-                commit_properties=_properties(record, _next_transactions(table, source.identity, dataset_id)),
-            )
-        )
+        commits.commit_source(self, source, dataset_id, parts, details, files=files, replace=replace)
         return self.at_newest()
 
     def remove(self, dataset_id: str) -> Corpus:
         """Withdraw a dataset in one commit; earlier versions still hold it. Returns the corpus at the new version."""
-        newest = self.at_newest()
-        found = {record.dataset_id: record for record in newest.datasets()}
-        if dataset_id not in found:
-            hint = did_you_mean(dataset_id, found) or f"Datasets: {', '.join(found) or 'none'}."
-            raise CorpusError(f"there is no dataset '{dataset_id}'.", where=self.uri, fix=hint)
-        table, identity = self._newest(), found[dataset_id].source_identity
-        record = {"operation": "remove", "dataset_id": dataset_id, "cells": found[dataset_id].n_cells}
-        self._write(
-            lambda: table.delete(
-                f"{PARTITION_COLUMN} = '{dataset_id}'",
-                commit_properties=_properties(record, _next_transactions(table, identity, dataset_id)),
-            )
-        )
+        commits.remove_dataset(self, dataset_id)
         return self.at_newest()
 
     def at_newest(self) -> Corpus:
         """The same corpus at its newest version."""
-        table = self._newest()
+        return self.pinned_to(opened_table(self.uri, self.store))
+
+    def pinned_to(self, table: Table) -> Corpus:
+        """The same corpus at the version of `table`."""
         _check_table(table, self.vocabulary, self.uri)
         return Corpus(table, self.uri, self.vocabulary, self.store, self._reader.cache_bytes)
 
-    def _check_commit(self, table: DeltaTable, source: Source, dataset_id: str, parts: Sequence[NewPart]) -> None:
-        if not DATASET_ID.fullmatch(dataset_id):
+    def refuse_shuffled(self, what: str) -> None:
+        """CorpusError when this corpus is a shuffled one."""
+        if self.layout == "shuffled":
             raise CorpusError(
-                f"'{dataset_id}' cannot name a dataset.",
+                f"this is a shuffled corpus: {what}.",
                 where=self.uri,
-                fix="Use up to 100 letters, digits, dots, dashes and underscores.",
-            )
-        if source.vocabulary_digest != self.vocabulary.digest:
-            raise CorpusError("the parts were made with another vocabulary.", where=self.uri, fix="Ingest them again.")
-        if _present(table.transaction_version(_transaction(source.identity))):
-            raise CorpusError(f"{source.uri} is already in this corpus.", where=self.uri)
-        if any(part.dataset_id == dataset_id for part in _parts(table, self.uri)):
-            raise CorpusError(
-                f"it already holds a dataset '{dataset_id}'.",
-                where=self.uri,
-                fix=f"Choose another --dataset-id, or run `genescale corpus remove {self.uri} {dataset_id}` first.",
-            )
-        if not parts:
-            raise CorpusError(f"{source.uri} brings no cell.", where=self.uri)
-        for part in parts:
-            self._check_part(part, dataset_id)
-
-    def _check_part(self, part: NewPart, dataset_id: str) -> None:
-        address = join(self.uri, part.path)
-        if not part.path.startswith(f"{dataset_folder(dataset_id)}/"):
-            raise CorpusError(f"a part of dataset '{dataset_id}' does not stand in its folder.", where=address)
-        try:
-            size_bytes = self.store.stat(address).size_bytes
-        except NotFoundError:
-            raise IntegrityError("a part file is gone before its commit.", where=address, fix="Ingest again.") from None
-        if size_bytes != part.size_bytes:
-            raise IntegrityError(
-                f"a part file has {size_bytes:,} bytes, {part.size_bytes:,} were written.",
-                where=address,
-                fix="Ingest again.",
+                fix="Change the corpus it was made from, and run `genescale corpus shuffle` again.",
             )
 
-    def _write(self, commit: Callable[[], T]) -> T:
-        try:
-            return commit()
-        except CommitFailedError as error:
-            raise CorpusError(
-                f"another writer changed the corpus at the same moment ({error}).", where=self.uri, fix="Run it again."
-            ) from error
-        except DeltaError as error:
-            raise CorpusError(f"the commit failed: {error}.", where=self.uri, fix="Run it again.") from error
+    def _scalar(self, name: str) -> pa.Field:
+        if name.startswith(LABEL_PREFIX) and len(name) > len(LABEL_PREFIX):
+            return pa.field(name, pa.string())
+        if name in self.schema.names and name != TOKEN_COLUMN:
+            return self.schema.field(name)
+        known = [column for column in self.schema.names if column != TOKEN_COLUMN]
+        hint = "Tokens are read with `tokens`." if name == TOKEN_COLUMN else did_you_mean(name, known)
+        fix = hint or f"Columns: {', '.join(known)}, and labels.NAME."
+        raise CorpusError(f"'{name}' is not a scalar column.", where=self.uri, fix=fix)
 
-    def _pinned(self) -> DeltaTable:
+    def _pinned(self) -> Table:
         if self._table is None:
-            self._table = _opened(self.uri, self.store, self.version)
+            self._table = opened_table(self.uri, self.store, version=self.version)
         return self._table
-
-    def _newest(self) -> DeltaTable:
-        return _opened(self.uri, self.store, None)
 
     def __repr__(self) -> str:
         return f"Corpus({self.uri}@{self.version}, {self.n_cells:,} cells)"
 
 
-def _table(uri: str, store: Store, *, version: int | None = None) -> DeltaTable | None:
-    """The Delta table, or None when there is none; CorpusError for a version that does not exist."""
-    try:
-        return DeltaTable(uri, version=version, storage_options=store.table_options(uri) or None)
-    except TableNotFoundError:
-        return None
-    except DeltaError as error:
-        if version is not None and (newest := _table(uri, store)) is not None:
-            raise CorpusError(
-                f"there is no version {version}.", where=uri, fix=f"The newest is {newest.version()}."
-            ) from error
-        raise CorpusError(f"the table cannot be opened: {error}.", where=uri) from error
-
-
-def _opened(uri: str, store: Store, version: int | None) -> DeltaTable:
-    table = _table(uri, store, version=version)
-    if table is None:
-        raise CorpusError("the corpus is gone.", where=uri)
-    return table
-
-
-def _check_table(table: DeltaTable, vocabulary: Vocabulary, uri: str) -> None:
-    configuration = table.metadata().configuration
-    if int(configuration.get("genescale.schemaVersion", 0)) > CORPUS_SCHEMA_VERSION:
+def _check_table(table: Table, vocabulary: Vocabulary, uri: str) -> None:
+    if int(table.configuration.get(SCHEMA_VERSION_KEY, 0)) > CORPUS_SCHEMA_VERSION:
         raise CorpusError("a newer release of Genescale wrote this corpus.", where=uri, fix="Upgrade Genescale.")
-    if configuration.get("genescale.vocabularyDigest") != vocabulary.digest:
+    if table.configuration.get(VOCABULARY_KEY) != vocabulary.digest:
         raise IntegrityError(
             "the vocabulary beside the table is not the one it was made with.",
             where=join(uri, *VOCABULARY_FILE),
@@ -320,25 +262,21 @@ def _check_table(table: DeltaTable, vocabulary: Vocabulary, uri: str) -> None:
         )
 
 
-def _create_table(uri: str, vocabulary: Vocabulary, store: Store) -> None:
+def _create(uri: str, vocabulary: Vocabulary, store: Store, layout: Layout) -> None:
+    stored = store.read(join(uri, *VOCABULARY_FILE))
     configuration = {
-        **RETENTION,
-        "genescale.schemaVersion": str(CORPUS_SCHEMA_VERSION),
-        "genescale.vocabularyDigest": vocabulary.digest,
+        SCHEMA_VERSION_KEY: str(CORPUS_SCHEMA_VERSION),
+        VOCABULARY_KEY: vocabulary.digest,
+        VOCABULARY_FILE_KEY: hashlib.sha256(stored).hexdigest(),
     }
-    try:
-        DeltaTable.create(
-            uri,
-            table_schema(vocabulary.token_dtype),
-            partition_by=[PARTITION_COLUMN],
-            configuration=configuration,
-            raise_if_key_not_exists=False,
-            storage_options=store.table_options(uri) or None,
-            commit_properties=_properties({"operation": "create", "vocabulary": vocabulary.name}, []),
-        )
-    except DeltaError as error:
-        if _table(uri, store) is None:  # otherwise another writer created it first, which is as good
-            raise CorpusError(f"the corpus cannot be created: {error}.", where=uri) from error
+    create_table(
+        uri,
+        store,
+        table_schema(vocabulary.token_dtype),
+        partitioned=layout == "datasets",
+        configuration={**configuration, **({} if layout == "datasets" else {LAYOUT_KEY: layout})},
+        record={"operation": "create", "vocabulary": vocabulary.name},
+    )
 
 
 def _stored_vocabulary(uri: str, store: Store) -> Vocabulary:
@@ -356,31 +294,3 @@ def _refuse_other_vocabulary(given: Vocabulary, stored: Vocabulary, uri: str) ->
             where=uri,
             fix="Use the corpus's own vocabulary (_genescale/vocabulary.parquet in it), or another corpus.",
         )
-
-
-def _parts(table: DeltaTable, uri: str) -> tuple[Part, ...]:
-    actions = pa.table(table.get_add_actions(flatten=True))
-    columns = [actions.column(name).to_pylist() for name in ("path", "num_records", f"partition.{PARTITION_COLUMN}")]
-    return tuple(
-        Part(uri=join(uri, path), rows=rows, dataset_id=dataset)
-        for path, rows, dataset in sorted(zip(*columns, strict=True))
-    )
-
-
-def _properties(record: Mapping[str, Any], transactions: list[Transaction]) -> CommitProperties:
-    return CommitProperties(custom_metadata={COMMIT_KEY: json.dumps(record)}, app_transactions=transactions)
-
-
-def _transaction(source_identity: str) -> str:
-    return f"genescale/source/{source_identity}"
-
-
-def _next_transactions(table: DeltaTable, source_identity: str, dataset_id: str) -> list[Transaction]:
-    """Numbers for the source and the dataset: of two writers that take the same number, Delta refuses the later one."""
-    names = (_transaction(source_identity), f"genescale/dataset/{dataset_id}")
-    return [Transaction(name, (table.transaction_version(name) or 0) + 1) for name in names]
-
-
-def _present(number: int | None) -> bool:
-    """A source's transaction number is odd while it is in the corpus and even after it was removed."""
-    return number is not None and number % 2 == 1

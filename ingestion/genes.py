@@ -1,36 +1,99 @@
-"""Gene columns of an atlas file: which of them hold ids, what they are in a vocabulary, and how their counts add up.
+"""Gene columns of an atlas: which column of the gene table names them, and what each of them is in a vocabulary.
 
-Axis suffixes: `n` cells, `g` gene columns of the file.
+Every column of the matrix gets a fate. Genes of the vocabulary's species belong to a cell's library size whether the
+vocabulary knows them or not; spike-ins, genes of other species and features that are no genes do not.
+
+Axis suffixes: `g` gene columns of the file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
 
-from genescale.ingestion.h5ad import ENSEMBL_ID, INDEX, CountBlock
-from genescale.platform.errors import AtlasError
-from genescale.platform.vocabulary import Vocabulary, canonical_id
+from genescale.ingestion.gene_checks import gene_notes, organism_notes, raise_if_unfit
+from genescale.ingestion.gene_columns import AUTO_COLUMN, candidates, feature_marks
+from genescale.ingestion.gene_columns import INDEX as INDEX
+from genescale.ingestion.gene_columns import ensembl_column as ensembl_column
+from genescale.ingestion.gene_columns import gene_columns as gene_columns
+from genescale.ingestion.gene_columns import ids_and_symbols as ids_and_symbols
+from genescale.ingestion.gene_columns import symbols as symbols
+from genescale.ingestion.gene_names import COUNTED as COUNTED
+from genescale.ingestion.gene_names import FATES as FATES
+from genescale.ingestion.gene_names import Resolved, Resolver, resolver
+from genescale.ingestion.gene_report import GeneReport as GeneReport
+from genescale.ingestion.gene_report import gene_report as gene_report
+from genescale.ingestion.gene_report import gene_report_of_table as gene_report_of_table
+from genescale.ingestion.gene_report import gene_table_bytes as gene_table_bytes
+from genescale.ingestion.gene_table import GeneTable
+from genescale.ingestion.species import MITOCHONDRIAL_IDS, ensembl_share
+from genescale.platform.errors import SettingsError
+from genescale.platform.vocabulary import Vocabulary
 
-UNMAPPED = -1
+if TYPE_CHECKING:
+    from genescale.ingestion.atlas import Atlas
+
+# A whole transcriptome, filtered by any usual rule, keeps more genes than this; panels of up to 6,000 genes and
+# selections of variable genes have fewer.
+MIN_GENES_MEASURED = 6_500
+_COUNTED_CODES = np.array([fate in COUNTED for fate in FATES])
+# Ids are surer than symbols: symbols are taken only when they name a quarter more genes.
+_GAIN_OF_SYMBOLS = 1.25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneRules:
+    """How gene columns are named, and when too few of them are known."""
+
+    gene_column: str = AUTO_COLUMN
+    """Column of the gene table that names the genes: `auto`, `index` or its name."""
+    gene_table: str = ""
+    """Address of a table of symbols and Ensembl ids; without it the vocabulary's own symbols are used."""
+    min_share: float = 0.1
+    """Share of a file's Ensembl ids that the vocabulary must know: references list many that no vocabulary has."""
+    min_share_of_symbols: float = 0.7
+    """Share of a file's symbols that must name exactly one gene."""
+    min_genes_measured: int = 0
+    """Vocabulary genes that a file must have; 0 asks for 6,500, or a third of a smaller vocabulary."""
+    ignore_organism: bool = False
+    """Go by the gene names although the file declares another organism."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.min_share <= 1 and 0 < self.min_share_of_symbols <= 1):
+            raise SettingsError("a share of genes lies outside 0 … 1.", fix="Use for example 0.1.")
+        if self.min_genes_measured < 0:
+            raise SettingsError(
+                f"min_genes_measured is {self.min_genes_measured}.", fix="Use 0 for the default, or 1 or more."
+            )
+        if not self.gene_column:
+            raise SettingsError("gene_column is empty.", fix="Use auto, index or the name of a column.")
+
+    def genes_asked(self, vocabulary: Vocabulary) -> int:
+        """Vocabulary genes that a file must have."""
+        return self.min_genes_measured or min(MIN_GENES_MEASURED, len(vocabulary.gene_ids) // 3)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GeneMap:
-    """Where each gene column goes: `targets_g` holds a token id (or another number), -1 for columns that are dropped.
+    """What each gene column of a file is.
 
-    column: where the ids stand in the file; n_summed: columns that share their target with another one.
+    column: where the names stand in the file; targets_g: token id, -1 for columns that are dropped; fate_g: index into
+    FATES; counted_g: whether it belongs to the library size; mito_g: mitochondrial gene; genes: names as the file has
+    them; notes: what a user should know.
     """
 
     column: str
-    targets_g: npt.NDArray[np.int64]
+    targets_g: npt.NDArray[np.int32]
+    fate_g: npt.NDArray[np.uint8]
+    counted_g: npt.NDArray[np.bool_]
+    mito_g: npt.NDArray[np.bool_]
     n_versioned: int
+    notes: tuple[str, ...] = ()
+    genes: tuple[str, ...] = ()
 
     @property
     def n_mapped(self) -> int:
@@ -39,88 +102,81 @@ class GeneMap:
 
     @property
     def n_dropped(self) -> int:
-        """Columns that are not kept; their counts still belong to the library size."""
+        """Columns that are not kept."""
         return int((self.targets_g < 0).sum())
+
+    @property
+    def n_measured(self) -> int:
+        """Vocabulary genes that the file has."""
+        return int(np.unique(self.targets_g[self.targets_g >= 0]).size)
 
     @property
     def n_summed(self) -> int:
         """Columns that are added to another column of the same gene."""
-        mapped = self.targets_g[self.targets_g >= 0]
-        return int(mapped.size - np.unique(mapped).size)
+        return self.n_mapped - self.n_measured
+
+    def by_fate(self) -> dict[str, int]:
+        """Columns of each fate, those that occur, in the order of FATES."""
+        counts = np.bincount(self.fate_g, minlength=len(FATES)).tolist()
+        return {fate: count for fate, count in zip(FATES, counts, strict=True) if count}
 
 
-def ensembl_share(names: Sequence[str]) -> float:
-    """Share of the names that look like Ensembl gene ids."""
-    return sum(bool(ENSEMBL_ID.fullmatch(name.strip().upper())) for name in names) / max(len(names), 1)
+def map_genes(atlas: Atlas, vocabulary: Vocabulary, *, rules: GeneRules, table: GeneTable | None = None) -> GeneMap:
+    """What the gene columns of an atlas are in a vocabulary.
 
-
-def map_to_vocabulary(
-    candidates: Mapping[str, Sequence[str]],
-    vocabulary: Vocabulary,
-    *,
-    min_share: float,
-    min_share_of_symbols: float,
-    where: str,
-) -> GeneMap:
-    """Map gene columns through the candidate (index or id column) of which the vocabulary knows most.
-
-    Raises AtlasError when it knows too few: of Ensembl ids `min_share` is enough (atlases list genes that no vocabulary
-    holds), of symbols `min_share_of_symbols` is asked, because symbols of another species or era partly fit by chance.
+    table: the content of `rules.gene_table`. Raises AtlasError when the file is of another species, when the vocabulary
+    knows too small a share of its genes, or when it measures too few vocabulary genes to be compared.
     """
-    mapped = {name: vocabulary.map_ids(list(ids)) for name, ids in candidates.items()}
-    best = max(mapped, key=lambda name: int((mapped[name] >= 0).sum()))
-    ids, tokens = candidates[best], mapped[best]
-    share, are_ids = float((tokens >= 0).mean()), ensembl_share(ids) >= 0.5
-    if share < (min_share if are_ids else min_share_of_symbols) or not share:
-        known = int((tokens >= 0).sum())
-        raise AtlasError(
-            f"the vocabulary knows {known:,} of {len(ids):,} genes ({_seen(ids, are_ids)} in var {_named(best)}).",
-            where=where,
-            fix="Give human genes as Ensembl ids in the var index, or in var['ensembl_id'].",
+    if rules.gene_table and table is None:
+        raise SettingsError(
+            "the gene table was named but not read.", where=rules.gene_table, fix="Read it with `read_gene_table`."
         )
-    versioned = sum(canonical_id(name) != name.strip().upper() for name in ids)
-    return GeneMap(best, tokens.astype(np.int64), versioned)
-
-
-def ensembl_column(candidates: Mapping[str, Sequence[str]], *, where: str) -> str:
-    """The candidate that holds Ensembl gene ids; AtlasError when none does."""
-    best = max(candidates, key=lambda name: ensembl_share(candidates[name]))
-    if ensembl_share(candidates[best]) < 0.5:
-        raise AtlasError(
-            f"no Ensembl gene ids found ({_seen(candidates[best], False)} in var {_named(best)}).",
-            where=where,
-            fix="A new vocabulary needs ids: give them in the var index, or in var['ensembl_id'].",
-        )
-    return best
-
-
-def _seen(ids: Sequence[str], are_ids: bool) -> str:
-    if not are_ids:
-        return f"symbols or other names such as '{next(iter(ids), '')[:40]}'"
-    species = Counter(match[0] for name in ids if (match := re.match(r"ENS[A-Z]*?G(?=[0-9])", name.strip().upper())))
-    return f"ids of the kind {species.most_common(1)[0][0]}…" if species else "unusual Ensembl ids"
-
-
-def _named(column: str) -> str:
-    return "index" if column == INDEX else f"column '{column}'"
-
-
-def library_sizes(block: CountBlock) -> npt.NDArray[np.float64]:
-    """Sum of the counts of each cell over all genes of the file (n)."""
-    before = np.concatenate(([0.0], np.cumsum(block.counts)))
-    return before[block.indptr[1:]] - before[block.indptr[:-1]]
-
-
-def gathered(block: CountBlock, targets_g: npt.NDArray[np.int64], n_targets: int) -> sparse.csr_matrix:
-    """Counts by target (n × n_targets, float64): dropped columns taken out, shared targets and repeated entries summed.
-
-    Targets of a row come sorted. Counts are whole numbers, so sums are exact in any order.
-    """
-    targets = targets_g[block.indices]
-    kept = targets >= 0
-    kept_before = np.concatenate(([0], np.cumsum(kept)))
-    matrix = sparse.csr_matrix(
-        (block.counts[kept], targets[kept], kept_before[block.indptr]), shape=(len(block.indptr) - 1, n_targets)
+    lookup = resolver(vocabulary, table)
+    columns = candidates(atlas.var, rules.gene_column, where=atlas.uri)
+    column, found = _best(columns, feature_marks(atlas.var), lookup)
+    raise_if_unfit(atlas, column, columns[column], found, lookup, rules)
+    return GeneMap(
+        column=column,
+        targets_g=found.targets_g,
+        fate_g=found.fate_g,
+        counted_g=_COUNTED_CODES[found.fate_g],
+        mito_g=_mitochondrial(atlas, found, lookup),
+        n_versioned=sum(name.versioned for name in found.names),
+        notes=(*gene_notes(columns[column], found), *organism_notes(atlas, lookup.home)),
+        genes=tuple(columns[column]),
     )
-    matrix.sum_duplicates()
-    return matrix
+
+
+def _best(columns: Mapping[str, Sequence[str]], marks: Sequence[str], lookup: Resolver) -> tuple[str, Resolved]:
+    """The column that the vocabulary knows best, resolved; of two that it knows about as well, the one with ids."""
+    ids_first = sorted(columns, key=lambda name: ensembl_share(columns[name]) < 0.5)
+    tried: dict[str, Resolved] = {}
+    weights: dict[str, tuple[float, int]] = {}
+    for name in ids_first:
+        tried[name] = lookup.resolve(columns[name], marks)
+        known = int((tried[name].targets_g >= 0).sum())
+        gain = _GAIN_OF_SYMBOLS if ensembl_share(columns[name]) >= 0.5 else 1
+        # Where nothing is known, the column with most genes of another species explains why.
+        weights[name] = (known * gain, tried[name].others.total())
+        if known * gain >= len(marks):
+            break
+    best = max(weights, key=lambda name: weights[name])
+    return best, tried[best]
+
+
+def _mitochondrial(atlas: Atlas, found: Resolved, lookup: Resolver) -> npt.NDArray[np.bool_]:
+    """Genes of the mitochondrial genome (g): by id, by the symbol in the file, or by the vocabulary's symbol."""
+    by_token = {
+        int(token)
+        for token, symbol in zip(lookup.vocabulary.token_ids, lookup.vocabulary.symbols, strict=True)
+        if symbol.upper().startswith("MT-")
+    }
+    beside = symbols(atlas)
+    marks = [
+        name.core in MITOCHONDRIAL_IDS
+        or name.core.startswith("MT-")
+        or int(token) in by_token
+        or symbol.strip().upper().startswith("MT-")
+        for name, token, symbol in zip(found.names, found.targets_g, beside, strict=True)
+    ]
+    return np.array(marks, dtype=np.bool_) & _COUNTED_CODES[found.fate_g]

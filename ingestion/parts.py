@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from genescale.ingestion.schema import PARTITION_COLUMN, TOKEN_COLUMN
@@ -27,37 +28,77 @@ from genescale.platform.storage import Store
 
 ROW_GROUP_CELLS = 4_096
 READERS_AT_ONCE = 4
+LABEL_COLUMN = "labels"
+LABEL_PREFIX = f"{LABEL_COLUMN}."
+"""`labels.NAME` reads one of the further obs columns as a column of its own."""
 _TOKEN_LEAF = f"{TOKEN_COLUMN}.list.element"
+_LABEL_LEAVES = [f"{LABEL_COLUMN}.key_value.key", f"{LABEL_COLUMN}.key_value.value"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """One committed part file: full address, rows, and the dataset it belongs to."""
+    """One committed part file: full address, rows, and the dataset it belongs to (empty when it holds cells of all)."""
 
     uri: str
     rows: int
     dataset_id: str
 
 
-def part_bytes(table: pa.Table) -> bytes:
-    """A part file of these rows; the same rows give the same bytes.
+class PartWriter:
+    """Writes the rows of a part a row group at a time: the same rows give the same bytes, however they are handed over.
 
     Token ids are close to random, so a dictionary does not pay; splitting their bytes before zstd saves a fifth of the
-    plain form. Page checksums are written because Parquet readers otherwise return a flipped bit as data.
+    plain form. Page checksums are written because Parquet readers otherwise return a flipped bit as data. Statistics
+    are kept of columns with one value per row only: they prune reads, those of tokens would not.
     """
-    sink = io.BytesIO()
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=ROW_GROUP_CELLS,
-        compression="zstd",
-        compression_level=1,
-        use_dictionary=[name for name in table.schema.names if pa.types.is_string(table.schema.field(name).type)],
-        column_encoding={_TOKEN_LEAF: "BYTE_STREAM_SPLIT"},
-        write_statistics=[name for name in table.schema.names if name != TOKEN_COLUMN],
-        write_page_checksum=True,
-    )
-    return sink.getvalue()
+
+    def __init__(self, schema: pa.Schema, *, row_group_cells: int = ROW_GROUP_CELLS) -> None:
+        self.schema, self.row_group_cells = schema, row_group_cells
+        self._sink = io.BytesIO()
+        scalars = [field.name for field in schema if not pa.types.is_nested(field.type)]
+        self._writer = pq.ParquetWriter(
+            self._sink,
+            schema,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[field.name for field in schema if pa.types.is_string(field.type)] + _LABEL_LEAVES,
+            column_encoding={_TOKEN_LEAF: "BYTE_STREAM_SPLIT"},
+            write_statistics=scalars,
+            write_page_checksum=True,
+        )
+        self._waiting: list[pa.Table] = []
+        self._rows_waiting = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Take in further rows of the schema."""
+        self._waiting.append(table)
+        self._rows_waiting += table.num_rows
+        if self._rows_waiting >= self.row_group_cells:
+            rows = pa.concat_tables(self._waiting)
+            whole = rows.num_rows // self.row_group_cells * self.row_group_cells
+            self._write(rows.slice(0, whole))
+            self._waiting, self._rows_waiting = [rows.slice(whole)], rows.num_rows - whole
+
+    def finish(self) -> bytes:
+        """The file."""
+        if self._rows_waiting:
+            self._write(pa.concat_tables(self._waiting))
+            self._waiting, self._rows_waiting = [], 0
+        self._writer.close()
+        return self._sink.getvalue()
+
+    def _write(self, rows: pa.Table) -> None:
+        for start in range(0, rows.num_rows, self.row_group_cells):
+            # Pages end where pieces of a table do: in one piece, the bytes do not depend on how rows were handed over.
+            group = rows.slice(start, self.row_group_cells).combine_chunks()
+            self._writer.write_table(group, row_group_size=self.row_group_cells)
+
+
+def part_bytes(table: pa.Table, *, row_group_cells: int = ROW_GROUP_CELLS) -> bytes:
+    """A part file of these rows; the same rows give the same bytes."""
+    writer = PartWriter(table.schema, row_group_cells=row_group_cells)
+    writer.add(table)
+    return writer.finish()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,16 +211,33 @@ class PartReader:
         return TokenBlock(tokens_t, offsets)
 
     def _scalars_of(self, part: Part, schema: pa.Schema) -> pa.Table:
-        stored = [name for name in schema.names if name != PARTITION_COLUMN]
         with self.store.open(part.uri) as source, _checked(part):
-            table = pq.ParquetFile(source, page_checksum_verification=True).read(columns=stored)
-        columns = [
-            pa.repeat(part.dataset_id, part.rows) if name == PARTITION_COLUMN else table.column(name)
-            for name in schema.names
-        ]
-        if table.num_rows != part.rows and stored:
-            raise IntegrityError(f"{table.num_rows} rows, its commit says {part.rows}.", where=part.uri)
-        return pa.table(columns, schema=schema)
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            present = set(file.schema_arrow.names)
+            wanted = {LABEL_COLUMN if _label(name) else name for name in schema.names}
+            table = file.read(columns=sorted(wanted & present))
+        if file.metadata.num_rows != part.rows:
+            raise IntegrityError(f"{file.metadata.num_rows} rows, its commit says {part.rows}.", where=part.uri)
+        return pa.table([_column(table, field, part) for field in schema], schema=schema)
+
+
+def _column(table: pa.Table, field: pa.Field, part: Part) -> pa.Array | pa.ChunkedArray:
+    """A column of a part; null where the part was written before the column was, or has no such label."""
+    if field.name in table.column_names:
+        return table.column(field.name).cast(field.type)
+    if field.name == PARTITION_COLUMN:
+        return pa.repeat(pa.scalar(part.dataset_id, field.type), part.rows)
+    label = _label(field.name)
+    if label and LABEL_COLUMN in table.column_names:
+        return pc.map_lookup(table.column(LABEL_COLUMN), label, "first").cast(field.type)
+    if not field.nullable:
+        raise IntegrityError(f"the part has no column '{field.name}'.", where=part.uri)
+    return pa.nulls(part.rows, field.type)
+
+
+def _label(name: str) -> str:
+    """The obs column that `labels.NAME` asks for; an empty text for other columns."""
+    return name[len(LABEL_PREFIX) :] if name.startswith(LABEL_PREFIX) else ""
 
 
 @contextlib.contextmanager

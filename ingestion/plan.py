@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from genescale.ingestion.atlas import Atlas
 from genescale.ingestion.fan_out import fan_out
-from genescale.ingestion.h5ad import AUTO, Atlas, open_atlas
+from genescale.ingestion.opening import open_atlas
+from genescale.ingestion.sources import SourceSpec, verify_digest
 from genescale.platform.errors import GenescaleError, SettingsError
 from genescale.platform.log import get_logger
 from genescale.platform.progress import SILENT, Progress
-from genescale.platform.storage import Entry, Store
+from genescale.platform.storage import Store
 
+AUTO = "auto"
 MAX_UNIT_CELLS = 65_536
-BLOCK_NONZEROS = 1_000_000
+BLOCK_NONZEROS = 4_000_000
 log = get_logger(__name__)
 
 
@@ -28,9 +31,13 @@ class ReadConfig:
     """How atlas files are read."""
 
     counts_slot: str = AUTO
-    """Where raw counts stand: `auto` (raw.X if it holds counts, else X), `X`, `raw.X` or `layers/NAME`."""
-    unit_nonzeros: int = 8_000_000
-    """Stored counts that one task turns into one part file; it reads a million of them at a time."""
+    """Where raw counts stand: `X`, `raw.X`, `layers/NAME`, or `auto` for the first of these that holds counts."""
+    allow_fractional: bool = False
+    """Take counts that are not whole numbers, such as those corrected for ambient RNA."""
+    allow_unfiltered: bool = False
+    """Take 10x matrices that hold every barcode, empty droplets too."""
+    unit_nonzeros: int = 16_000_000
+    """Stored counts that one task turns into one part file; it reads a few million of them at a time."""
 
     def __post_init__(self) -> None:
         if self.unit_nonzeros < 1:
@@ -39,13 +46,15 @@ class ReadConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One task: rows start … stop-1 of a file whose content is pinned by its tag."""
+    """Rows start … stop-1 of a file whose content is pinned by its tag; they become one part."""
 
     uri: str
     etag: str
     slot: str
     start: int
     stop: int
+    whole: bool = False
+    """True when this is the whole of a file that can only be read from its beginning to its end: see `pieces`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +73,7 @@ class Inspected:
     units: tuple[Unit, ...] = ()
     failure: Failure | None = None
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    payload: bytes = b""
 
     @property
     def n_cells(self) -> int:
@@ -71,53 +81,97 @@ class Inspected:
         return sum(unit.stop - unit.start for unit in self.units)
 
 
-Judge = Callable[[Atlas], dict[str, Any]]
-"""Looks at an open atlas, raises GenescaleError to refuse it, and returns facts (JSON) for the driver."""
+Judge = Callable[[Atlas, Any], tuple[dict[str, Any], bytes]]
 
 
 def inspect_files(
-    files: Sequence[Entry], judge: Judge, *, store: Store, config: ReadConfig, progress: Progress = SILENT
+    specs: Sequence[SourceSpec],
+    judge: Judge,
+    *,
+    store: Store,
+    configs: Mapping[str, ReadConfig],
+    progress: Progress = SILENT,
 ) -> list[Inspected]:
-    """Open every file in a Ray task and cut the good ones into units; a bad file is reported, never raised."""
-    progress.start(len(files), "files")
-    work = functools.partial(_inspect, judge=judge, store=store, config=config)
-    found = []
-    for answer, _ in fan_out([{"uri": file.uri, "etag": file.etag} for file in files], work):
-        found.append(_inspected(answer))
+    """Open every file in a Ray task and cut the good ones into units; a bad file is reported, never raised.
+
+    configs: how to read each file, by address; judge: takes the open atlas and that config, raises GenescaleError to
+    refuse the file, and returns facts (JSON) and a payload for the driver. The answers come in the order of `specs`.
+    """
+    progress.start(len(specs), "files")
+    work = functools.partial(_inspect, judge=judge, store=store, configs=dict(configs))
+    found = {}
+    items = [{"uri": spec.uri, "etag": spec.etag, "sha256": spec.sha256} for spec in specs]
+    for answer, payload in fan_out(items, work):
+        found[answer["uri"]] = _inspected(answer, payload)
         progress.advance()
-    return sorted(found, key=lambda file: file.uri)
+    return [found[spec.uri] for spec in specs]
 
 
-def _inspect(item: dict[str, Any], *, judge: Judge, store: Store, config: ReadConfig) -> tuple[dict[str, Any], bytes]:
+def _inspect(
+    item: dict[str, Any], *, judge: Judge, store: Store, configs: Mapping[str, ReadConfig]
+) -> tuple[dict[str, Any], bytes]:
+    config, payload = configs[item["uri"]], b""
+
     def look() -> dict[str, Any]:
-        with open_atlas(item["uri"], store, counts_slot=config.counts_slot, etag=item["etag"]) as atlas:
-            ranges = list(cut(atlas.indptr, config.unit_nonzeros, MAX_UNIT_CELLS))
-            return {"slot": atlas.slot, "ranges": ranges, "facts": judge(atlas)}
+        nonlocal payload
+        if item["sha256"]:
+            verify_digest(item["uri"], item["sha256"], store)
+        with opened(item["uri"], item["etag"], config.counts_slot, config, store) as atlas:
+            facts, payload = judge(atlas, config)
+            return {"slot": atlas.slot, "facts": facts, **planned(atlas, config)}
 
-    return {**item, **guarded(look, where=item["uri"])}, b""
+    return {**item, **guarded(look, where=item["uri"])}, payload
 
 
-def _inspected(answer: dict[str, Any]) -> Inspected:
+def opened(uri: str, etag: str, slot: str, config: ReadConfig, store: Store) -> Any:
+    """The atlas at `uri`, opened as `config` says (a context manager)."""
+    return open_atlas(
+        uri,
+        store,
+        counts_slot=slot,
+        etag=etag,
+        allow_fractional=config.allow_fractional,
+        allow_unfiltered=config.allow_unfiltered,
+    )
+
+
+def planned(atlas: Atlas, config: ReadConfig) -> dict[str, Any]:
+    """The row ranges of an atlas: one for the whole file when it cannot be read in parts."""
+    if atlas.matrix.sequential:
+        return {"ranges": [(0, atlas.n_cells)], "whole": True}
+    ranges = list(cut(atlas.matrix.stored_before, config.unit_nonzeros, MAX_UNIT_CELLS))
+    return {"ranges": ranges, "whole": False}
+
+
+def _inspected(answer: dict[str, Any], payload: bytes) -> Inspected:
     if "failure" in answer:
         return Inspected(uri=answer["uri"], failure=Failure(**answer["failure"]))
-    pinned = {"uri": answer["uri"], "etag": answer["etag"], "slot": answer["slot"]}
+    pinned = {"uri": answer["uri"], "etag": answer["etag"], "slot": answer["slot"], "whole": answer["whole"]}
     units = tuple(Unit(**pinned, start=start, stop=stop) for start, stop in answer["ranges"])
-    return Inspected(uri=answer["uri"], units=units, facts=answer["facts"])
+    return Inspected(uri=answer["uri"], units=units, facts=answer["facts"], payload=payload)
 
 
-def cut(indptr: npt.NDArray[np.int64], max_nonzeros: int, max_cells: int) -> Iterator[tuple[int, int]]:
+def cut(stored_before: npt.NDArray[np.int64], max_nonzeros: int, max_cells: int) -> Iterator[tuple[int, int]]:
     """Consecutive row ranges with at most `max_nonzeros` stored values (but at least one row) and `max_cells` rows."""
-    start, n_cells = 0, len(indptr) - 1
+    start, n_cells = 0, len(stored_before) - 1
     while start < n_cells:
-        fitting = int(np.searchsorted(indptr, indptr[start] + max_nonzeros, side="right")) - 1
+        fitting = int(np.searchsorted(stored_before, stored_before[start] + max_nonzeros, side="right")) - 1
         stop = min(max(fitting, start + 1), start + max_cells, n_cells)
         yield start, stop
         start = stop
 
 
+def pieces(atlas: Atlas, unit: Unit, unit_nonzeros: int) -> list[Unit]:
+    """The unit itself, or, when it is a whole file, the row ranges that become one part each."""
+    if not unit.whole:
+        return [unit]
+    ranges = cut(atlas.matrix.stored_before, unit_nonzeros, MAX_UNIT_CELLS)
+    return [dataclasses.replace(unit, start=start, stop=stop, whole=False) for start, stop in ranges]
+
+
 def blocks(atlas: Atlas, unit: Unit) -> Iterator[tuple[int, int]]:
     """Row ranges of a unit that are read at once, so that memory is bounded by a block, not by a unit."""
-    inside = atlas.indptr[unit.start : unit.stop + 1]
+    inside = atlas.matrix.stored_before[unit.start : unit.stop + 1]
     return ((unit.start + a, unit.start + b) for a, b in cut(inside, BLOCK_NONZEROS, MAX_UNIT_CELLS))
 
 

@@ -6,10 +6,13 @@ import dataclasses
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from genescale.ingestion.schema import CORPUS_SCHEMA_VERSION, PARTITION_COLUMN
+
+if TYPE_CHECKING:
+    from genescale.ingestion.delta_table import TableFile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,12 @@ class DatasetRecord:
     source_uri: str
     source_identity: str
     added_in_version: int
+    source_etag: str = ""
+    n_parts: int = 0
+    size_bytes: int = 0
+    """Bytes of its part files; 0 in a shuffled corpus, where datasets share files."""
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the history says of the commit that brought it."""
 
 
 def parse_reference(reference: str) -> tuple[str, int | None]:
@@ -71,3 +80,58 @@ def parse_reference(reference: str) -> tuple[str, int | None]:
 def dataset_folder(dataset_id: str) -> str:
     """Folder of a dataset's parts within the corpus, as every reader of partitioned tables expects it."""
     return f"{PARTITION_COLUMN}={dataset_id}"
+
+
+def dataset_records(
+    files: Sequence[TableFile], history: Sequence[CommitRecord], *, shuffled: bool
+) -> list[DatasetRecord]:
+    """The datasets of a version, by name, from its part files and its history (newest first)."""
+    return _shuffled_records(history) if shuffled else _ingested_records(files, history)
+
+
+def _ingested_records(files: Sequence[TableFile], history: Sequence[CommitRecord]) -> list[DatasetRecord]:
+    held: dict[str, list[TableFile]] = {}
+    for file in files:
+        held.setdefault(file.dataset_id, []).append(file)
+    newest = {record.dataset_id: record for record in reversed(history) if record.operation == "ingest"}
+    nothing = CommitRecord(version=0, time=datetime.datetime.fromtimestamp(0, tz=datetime.UTC), operation="")
+    return [_ingested(dataset, held[dataset], newest.get(dataset, nothing)) for dataset in sorted(held)]
+
+
+def _ingested(dataset_id: str, files: Sequence[TableFile], commit: CommitRecord) -> DatasetRecord:
+    source = commit.details.get("source", {})
+    return DatasetRecord(
+        dataset_id=dataset_id,
+        n_cells=sum(file.rows for file in files),
+        source_uri=str(source.get("uri", "")),
+        source_identity=str(commit.details.get("identity", "")),
+        added_in_version=commit.version,
+        source_etag=str(source.get("etag", "")),
+        n_parts=len(files),
+        size_bytes=sum(file.size_bytes for file in files),
+        details=commit.details,
+    )
+
+
+def _shuffled_records(history: Sequence[CommitRecord]) -> list[DatasetRecord]:
+    """What the shuffles since the last rebuild brought in."""
+    found: list[DatasetRecord] = []
+    for commit in history:
+        if commit.operation != "shuffle":
+            continue
+        for dataset, facts in commit.details["datasets"].items():
+            source = facts.get("source", {})
+            found.append(
+                DatasetRecord(
+                    dataset_id=dataset,
+                    n_cells=int(facts["kept"]),
+                    source_uri=str(source.get("uri", "")),
+                    source_identity=str(facts["identity"]),
+                    added_in_version=commit.version,
+                    source_etag=str(source.get("etag", "")),
+                    details=facts,
+                )
+            )
+        if commit.details.get("rebuilt"):
+            break
+    return sorted(found, key=lambda record: record.dataset_id)

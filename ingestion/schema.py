@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-CORPUS_SCHEMA_VERSION = 1
+CORPUS_SCHEMA_VERSION = 2
 PARTITION_COLUMN = "dataset_id"
 TOKEN_COLUMN = "input_ids"
 
@@ -25,6 +26,15 @@ OBS_NAMES: dict[str, tuple[str, ...]] = {
     "organism": ("organism", "organism_ontology_term_id"),
 }
 METADATA_COLUMNS = tuple(OBS_NAMES)
+# Ontology terms, as the CELLxGENE schema has them beside the labels.
+ONTOLOGY_COLUMNS = tuple(f"{name}_ontology_term_id" for name in METADATA_COLUMNS if name != "donor_id")
+# Columns that a row may lack: rows of earlier releases and of poorer files have null there.
+OPTIONAL_FIELDS = (
+    *(pa.field(name, pa.string()) for name in (*METADATA_COLUMNS, *ONTOLOGY_COLUMNS, "suspension_type")),
+    pa.field("is_primary_data", pa.bool_()),
+    pa.field("content_hash", pa.int64()),
+    pa.field("labels", pa.map_(pa.string(), pa.string())),
+)
 
 TokenType = type[np.uint16] | type[np.uint32]
 
@@ -40,7 +50,7 @@ def _schema(token_type: Any, *, partition: bool) -> pa.Schema:
             pa.field("length", pa.int32(), nullable=False),
             pa.field("total_counts", pa.float64(), nullable=False),
             pa.field("n_genes", pa.int32(), nullable=False),
-            *(pa.field(name, pa.string()) for name in METADATA_COLUMNS),
+            *OPTIONAL_FIELDS,
         ]
     )
 
@@ -49,7 +59,8 @@ def corpus_schema(token_dtype: npt.DTypeLike) -> pa.Schema:
     """A corpus row as readers see it: `input_ids` is a list of `token_dtype` (uint16 or uint32).
 
     total_counts: sum over all genes of the file; n_genes: vocabulary genes detected, before cropping; length: tokens,
-    special tokens included; source_row: row of the cell in its atlas file.
+    special tokens included; source_row: row of the cell in its atlas file; content_hash: equal for cells with the same
+    counts of the same vocabulary genes; labels: further obs columns that were asked for, by name.
     """
     return _schema(pa.from_numpy_dtype(np.dtype(token_dtype)), partition=True)
 
@@ -57,6 +68,23 @@ def corpus_schema(token_dtype: npt.DTypeLike) -> pa.Schema:
 def part_schema(token_dtype: npt.DTypeLike) -> pa.Schema:
     """A row as a part file holds it: without `dataset_id`, which is the name of the part's folder."""
     return _schema(pa.from_numpy_dtype(np.dtype(token_dtype)), partition=False)
+
+
+def rows_table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    """A table of this schema from arrays or lists by column name; optional columns that are not given are null."""
+    n = len(columns["cell_id"])
+    optional = {field.name for field in OPTIONAL_FIELDS}
+    arrays = [
+        pa.nulls(n, field.type)
+        if field.name not in columns and field.name in optional
+        else _array(columns[field.name], field)
+        for field in schema
+    ]
+    return pa.table(arrays, schema=schema)
+
+
+def _array(values: Any, field: pa.Field) -> Any:
+    return values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, field.type)
 
 
 def table_schema(token_dtype: npt.DTypeLike) -> pa.Schema:

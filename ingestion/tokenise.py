@@ -1,147 +1,255 @@
-"""One unit of ingestion: read a row range, validate, filter with a counted reason, rank, and write its own part.
+"""One unit of ingestion: read a row range, prove and rank its counts, filter with a counted reason, write its own part.
 
 Axis suffixes: `n` cells of a block, `t` tokens of all its cells.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
+import time
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from genescale.ingestion.corpus import dataset_folder
-from genescale.ingestion.genes import gathered, library_sizes
-from genescale.ingestion.h5ad import Atlas, open_atlas
-from genescale.ingestion.parts import part_bytes
+from genescale.ingestion.atlas import Atlas, Rows
+from genescale.ingestion.cells import BAD_VALUES, KEPT, CellRules, counts_reasons, obs_reasons
+from genescale.ingestion.counts import explain, fractions, refuse_equal_sums
+from genescale.ingestion.genes import FATES, GeneMap
+from genescale.ingestion.kernel import FAULTS, RankedRows, rank_rows
+from genescale.ingestion.obs_columns import harmonised
+from genescale.ingestion.parts import PartWriter
 from genescale.ingestion.plan import Unit, blocks
-from genescale.ingestion.schema import TOKEN_COLUMN, part_schema
-from genescale.platform.rank_value import rank_value_tokens
+from genescale.ingestion.records import dataset_folder
+from genescale.ingestion.schema import TOKEN_COLUMN, part_schema, rows_table
+from genescale.ingestion.tally import Tally as Tally
+from genescale.ingestion.tally import binned
 from genescale.platform.storage import Store, join
 from genescale.platform.vocabulary import Vocabulary
 
-EMPTY_CELL = "empty_cell"
-NO_VOCABULARY_GENE = "no_vocabulary_gene"
-BELOW_MIN_GENES = "below_min_genes"
-KEPT = ""
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("source_row", pa.int64(), nullable=False),
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
 
 
-@dataclasses.dataclass
-class Tally:
-    """What became of the cells of a unit or a source; read = kept + all dropped."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What holds for all blocks of a unit; reasons_n and obs are those of the whole unit."""
 
-    read: int = 0
-    kept: int = 0
-    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Cells by reason."""
-    tokens: int = 0
-    cropped: int = 0
-    explicit_zeros: int = 0
-    largest_count: float = 0.0
-
-    def add(self, other: Tally) -> None:
-        """Take in the counts of another unit."""
-        self.read += other.read
-        self.kept += other.kept
-        self.dropped = dict(sorted((Counter(self.dropped) + Counter(other.dropped)).items()))
-        self.tokens += other.tokens
-        self.cropped += other.cropped
-        self.explicit_zeros += other.explicit_zeros
-        self.largest_count = max(self.largest_count, other.largest_count)
-
-    @property
-    def n_dropped(self) -> int:
-        """Cells dropped for any reason."""
-        return sum(self.dropped.values())
+    unit: Unit
+    atlas: Atlas
+    genes: GeneMap
+    vocabulary: Vocabulary
+    cell_rules: CellRules
+    allow_fractional: bool
+    bad_values: Literal["refuse", "quarantine"]
+    reasons_n: list[str]
+    obs: Mapping[str, pa.Array]
+    seconds: Counter[str]
 
 
 def write_part(
     unit: Unit,
-    targets_g: npt.NDArray[np.int64],
+    atlas: Atlas,
+    genes: GeneMap,
     *,
     vocabulary: Vocabulary,
-    min_genes: int,
+    cell_rules: CellRules,
+    obs_mapping: Mapping[str, str],
+    allow_fractional: bool,
+    bad_values: Literal["refuse", "quarantine"],
     corpus_uri: str,
     dataset_id: str,
     store: Store,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], bytes]:
     """Turn the rows of a unit into a part file of the corpus, not yet committed.
 
-    targets_g: token id of each gene column, -1 for none. The part is named by its first row and its content, so that a
-    repeated task writes the same file and never changes another. Returns tally, notes and the part (None if no cell
-    is kept).
+    The part is named by its first row and its content, so that a repeated task writes the same file and never changes
+    another. Returns an answer with `tally`, `notes` and `part` (None if no cell is kept), and the cells that were
+    dropped as a Parquet file (QUARANTINE_SCHEMA; empty if there is none). Raises NotCountsError or AtlasError for
+    values that are no counts, unless `bad_values` is `quarantine`: then only their cells are dropped.
     """
-    tally, notes, tables = Tally(), set[str](), []
-    with open_atlas(unit.uri, store, counts_slot=unit.slot, etag=unit.etag) as atlas:
-        for start, stop in blocks(atlas, unit):
-            table, of_block, said = _rows(atlas, start, stop, targets_g, vocabulary, min_genes)
-            tables.append(table)
-            tally.add(of_block)
-            notes.update(said)
-    answer: dict[str, Any] = {"tally": dataclasses.asdict(tally), "notes": sorted(notes), "part": None}
-    if tally.kept:
-        data = part_bytes(pa.concat_tables(tables).combine_chunks())
-        name = f"part-{unit.start:010d}-{hashlib.blake2b(data, digest_size=12).hexdigest()}.parquet"
-        path = f"{dataset_folder(dataset_id)}/{name}"
+    seconds: Counter[str] = Counter()
+    with _timed(seconds, "obs"):
+        obs, notes = harmonised(atlas, unit.start, unit.stop, mapping=obs_mapping, keep_obs=cell_rules.keep_obs)
+        reasons = obs_reasons(cell_rules, atlas, unit.start, unit.stop)
+    work = _Work(
+        unit=unit,
+        atlas=atlas,
+        genes=genes,
+        vocabulary=vocabulary,
+        cell_rules=cell_rules,
+        allow_fractional=allow_fractional,
+        bad_values=bad_values,
+        reasons_n=reasons,
+        obs={name: _array(values) for name, values in obs.items()},
+        seconds=seconds,
+    )
+    tally, dropped, writer = Tally(), [], PartWriter(part_schema(vocabulary.token_dtype))
+    for start, stop in blocks(atlas, unit):
+        table, of_block, quarantined = _rows(work, start, stop)
+        with _timed(seconds, "write"):
+            writer.add(table)
+        tally.add(of_block)
+        dropped.append(quarantined)
+    part = _stored(writer, work, tally.kept, corpus_uri, dataset_id, store) if tally.kept else None
+    tally.seconds = dict(sorted(seconds.items()))
+    return {"tally": dataclasses.asdict(tally), "notes": sorted(notes), "part": part}, _quarantine_bytes(dropped)
+
+
+def _stored(
+    writer: PartWriter, work: _Work, rows: int, corpus_uri: str, dataset_id: str, store: Store
+) -> dict[str, Any]:
+    with _timed(work.seconds, "write"):
+        data = writer.finish()
+    with _timed(work.seconds, "hash"):
+        digest = hashlib.blake2b(data, digest_size=12).hexdigest()
+    path = f"{dataset_folder(dataset_id)}/part-{work.unit.start:010d}-{digest}.parquet"
+    with _timed(work.seconds, "write"):
         store.write(join(corpus_uri, path), data)
-        answer["part"] = {"path": path, "rows": tally.kept, "size_bytes": len(data)}
-    return answer
+    return {"path": path, "rows": rows, "size_bytes": len(data)}
 
 
-def _rows(
-    atlas: Atlas, start: int, stop: int, targets_g: npt.NDArray[np.int64], vocabulary: Vocabulary, min_genes: int
-) -> tuple[pa.Table, Tally, list[str]]:
-    """Token rows of the cells start … stop-1 that are kept, with what became of all of them."""
-    block = atlas.read_rows(start, stop)
-    totals_n = library_sizes(block)
-    counts_ng = gathered(block, targets_g, vocabulary.size)
-    genes_n = np.diff(counts_ng.indptr)
-    reasons_n = np.select(
-        [totals_n == 0, genes_n == 0, genes_n < min_genes], [EMPTY_CELL, NO_VOCABULARY_GENE, BELOW_MIN_GENES], KEPT
-    )
-    kept_n = np.flatnonzero(reasons_n == KEPT)
-    ranked = [
-        rank_value_tokens(
-            counts_ng.indices[counts_ng.indptr[i] : counts_ng.indptr[i + 1]],
-            counts_ng.data[counts_ng.indptr[i] : counts_ng.indptr[i + 1]],
-            vocabulary,
-        )
-        for i in kept_n
-    ]
-    metadata, notes = atlas.metadata(start, stop)
-    names = atlas.cell_ids(start, stop)
-    lengths = np.array([cell.input_ids.size for cell in ranked], dtype=np.int32)
-    columns: dict[str, Any] = {
-        "cell_id": [names[i] for i in kept_n],
-        "source_row": kept_n.astype(np.int64) + start,
-        "length": lengths,
-        "total_counts": totals_n[kept_n],
-        "n_genes": genes_n[kept_n].astype(np.int32),
-        **{name: [values[i] for i in kept_n] for name, values in metadata.items()},
+def _rows(work: _Work, start: int, stop: int) -> tuple[pa.Table, Tally, pa.Table]:
+    """Token rows of the cells start … stop-1 that are kept, what became of all of them, and those that are not kept."""
+    with _reading(work):
+        rows = work.atlas.read(start, stop)
+    with _timed(work.seconds, "rank"):
+        ranked = rank_rows(rows, work.genes, work.vocabulary, allow_fractional=work.allow_fractional)
+        _check_counts(work, rows, ranked, start)
+    reasons_n = _reasons(work, ranked, start, stop)
+    kept_n = reasons_n == KEPT
+    table = _table(work, ranked, kept_n, start)
+    return table, _tally(ranked, reasons_n, kept_n), _quarantine(work, ranked, reasons_n, start)
+
+
+def _check_counts(work: _Work, rows: Rows, ranked: RankedRows, start: int) -> None:
+    """Raise what is wrong with the values of a block, unless it is to be quarantined cell by cell."""
+    faults = {FAULTS[code] for code in np.unique(ranked.faults_n)} - {""}
+    # An index out of range says that matrix and gene table do not fit: no cell of the file can be trusted.
+    if faults and (work.bad_values == "refuse" or "index" in faults):
+        explain(rows, work.atlas, start, allow_fractional=work.allow_fractional)
+    if work.allow_fractional and rows.values_z.dtype.kind == "f" and not faults:
+        whole = bool((rows.values_z == np.floor(rows.values_z)).all())
+        if not whole and not fractions(rows).acceptable:
+            explain(rows, work.atlas, start, allow_fractional=True)
+    refuse_equal_sums(ranked.totals_n, ranked.n_ones, work.atlas)
+
+
+def _reasons(work: _Work, ranked: RankedRows, start: int, stop: int) -> npt.NDArray[np.object_]:
+    """Why each cell of a block is dropped, an empty text for those that are kept."""
+    of_obs = np.array(work.reasons_n[start - work.unit.start : stop - work.unit.start], dtype=object)
+    of_counts = counts_reasons(work.cell_rules, ranked.totals_n, ranked.n_genes_n, ranked.mito_n)
+    reasons_n = np.where(of_obs == KEPT, of_counts, of_obs)
+    reasons_n[ranked.faults_n > 0] = BAD_VALUES
+    return reasons_n
+
+
+def _table(work: _Work, ranked: RankedRows, kept_n: npt.NDArray[np.bool_], start: int) -> pa.Table:
+    lengths_n = np.diff(ranked.offsets_n)
+    tokens_t, first = ranked.tokens_t, start - work.unit.start
+    if not kept_n.all():
+        tokens_t = tokens_t[np.repeat(kept_n, lengths_n)]
+    offsets = np.concatenate(([0], np.cumsum(lengths_n[kept_n]))).astype(np.int32)
+    schema, mask = part_schema(work.vocabulary.token_dtype), pa.array(kept_n)
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens_t), type=schema.field(TOKEN_COLUMN).type)
+    with _timed(work.seconds, "obs"):
+        names = pa.array(work.atlas.cell_ids(start, start + len(kept_n)), pa.string())
+        obs = {name: values.slice(first, len(kept_n)).filter(mask) for name, values in work.obs.items()}
+    columns = {
+        **obs,
+        "cell_id": names.filter(mask),
+        "source_row": np.flatnonzero(kept_n) + start,
+        TOKEN_COLUMN: lists,
+        "length": lengths_n[kept_n].astype(np.int32),
+        "total_counts": ranked.totals_n[kept_n],
+        "n_genes": ranked.n_genes_n[kept_n],
+        "content_hash": ranked.content_hash_n[kept_n],
     }
-    tally = Tally(
-        read=stop - start,
-        kept=len(ranked),
-        dropped=dict(Counter(reasons_n[reasons_n != KEPT].tolist())),
-        tokens=int(lengths.sum()),
-        cropped=sum(cell.cropped for cell in ranked),
-        explicit_zeros=block.explicit_zeros,
-        largest_count=float(block.counts.max(initial=0.0)),
+    return rows_table(columns, schema)
+
+
+def _tally(ranked: RankedRows, reasons_n: npt.NDArray[np.object_], kept_n: npt.NDArray[np.bool_]) -> Tally:
+    lengths_n = np.diff(ranked.offsets_n)[kept_n]
+    by_fate = dict(zip(FATES, ranked.counts_by_fate.tolist(), strict=True))
+    return Tally(
+        read=len(reasons_n),
+        kept=int(kept_n.sum()),
+        dropped=dict(Counter(reasons_n[~kept_n].tolist())),
+        tokens=int(lengths_n.sum()),
+        cropped=int(ranked.cropped_n[kept_n].sum()),
+        explicit_zeros=ranked.explicit_zeros,
+        repeated_entries=ranked.repeated_entries,
+        n_values=ranked.n_values,
+        n_ones=ranked.n_ones,
+        largest_count=ranked.largest_count,
+        counts_by_fate={fate: counts for fate, counts in by_fate.items() if counts},
+        length_bins=binned(lengths_n),
+        depth_bins=binned(ranked.totals_n[kept_n]),
+        genes_bins=binned(ranked.n_genes_n[kept_n]),
     )
-    return _table(columns, [cell.input_ids for cell in ranked], lengths, vocabulary), tally, notes
 
 
-def _table(
-    columns: dict[str, Any], cells: list[npt.NDArray[Any]], lengths: npt.NDArray[np.int32], vocabulary: Vocabulary
-) -> pa.Table:
-    schema = part_schema(vocabulary.token_dtype)
-    tokens_t = np.concatenate(cells) if cells else np.empty(0, dtype=vocabulary.token_dtype)
-    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32))).astype(np.int32)
-    field = schema.field(TOKEN_COLUMN)
-    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens_t), type=field.type)
-    arrays = [lists if f.name == TOKEN_COLUMN else pa.array(columns[f.name], f.type) for f in schema]
-    return pa.table(arrays, schema=schema)
+def _quarantine(work: _Work, ranked: RankedRows, reasons_n: npt.NDArray[np.object_], start: int) -> pa.Table:
+    """The cells of a block that are dropped, with what was seen of each."""
+    dropped_n = np.flatnonzero(reasons_n != KEPT)
+    if not dropped_n.size:
+        return QUARANTINE_SCHEMA.empty_table()
+    names = work.atlas.cell_ids(start, start + len(reasons_n))
+    details = [
+        FAULTS[ranked.faults_n[n]].replace("_", " ")
+        if ranked.faults_n[n]
+        else f"{ranked.n_genes_n[n]} genes, {ranked.totals_n[n]:g} counts ({ranked.mito_n[n]:g} mitochondrial)"
+        for n in dropped_n
+    ]
+    columns = [dropped_n + start, [names[n] for n in dropped_n], reasons_n[dropped_n].tolist(), details]
+    return pa.table(columns, schema=QUARANTINE_SCHEMA)
+
+
+def _quarantine_bytes(tables: list[pa.Table]) -> bytes:
+    table = pa.concat_tables([QUARANTINE_SCHEMA.empty_table(), *tables])
+    if not table.num_rows:
+        return b""
+    sink = io.BytesIO()
+    pq.write_table(table.combine_chunks(), sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
+def _array(values: Any) -> pa.Array:
+    if isinstance(values, pa.ChunkedArray):
+        return values.combine_chunks()
+    return values if isinstance(values, pa.Array) else pa.array(values)
+
+
+@contextlib.contextmanager
+def _timed(seconds: Counter[str], step: str) -> Iterator[None]:
+    began = time.process_time()
+    yield
+    seconds[step] += time.process_time() - began
+
+
+@contextlib.contextmanager
+def _reading(work: _Work) -> Iterator[None]:
+    """Time a read, and tell inflating from the rest where the reader knows it."""
+    inflated = _inflated(work.atlas)
+    with _timed(work.seconds, "read"):
+        yield
+    spent = min(_inflated(work.atlas) - inflated, work.seconds["read"])
+    work.seconds["read"] -= spent
+    work.seconds["inflate"] += spent
+
+
+def _inflated(atlas: Atlas) -> float:
+    return float(getattr(atlas.matrix, "seconds", {}).get("inflate", 0.0))

@@ -108,8 +108,10 @@ def _quiet_ray_data() -> None:
     context.print_on_execution_start = False
     # Else what a worker raised on purpose reaches the caller as a bare RayTaskError.
     context.raise_original_map_exception = True
-    for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
+    for name in ("ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Ray Data would print the whole trace of a task that fails; what matters of it reaches the caller.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@
     ├── IntegrityError             integrity           bytes differ from their recorded digest
     ├── TrackingError              tracking            MLflow refused, or a model is not registered
     ├── ClusterError               cluster             Ray could not start, join or finish
+    ├── TrainingError              training            a training that cannot go on, such as a loss that is no number
     └── ServiceError               service             the HTTP service could not answer
         ├── UnauthorizedError      unauthorized        no key, or a wrong one
         ├── OverloadedError        overloaded          the queue is full: try again later
@@ -141,6 +142,12 @@ class ClusterError(GenescaleError):
     """Ray could not start, join or finish."""
 
     code = "cluster"
+
+
+class TrainingError(GenescaleError):
+    """A training that cannot go on, such as one whose loss is no number."""
+
+    code = "training"
 
 
 class ServiceError(GenescaleError):

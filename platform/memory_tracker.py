@@ -15,13 +15,16 @@ from genescale.platform.errors import ForbiddenPathError, TrackingError
 from genescale.platform.runs import (
     DIGEST_TAG,
     MetricRow,
+    ModelSummary,
     ModelVersion,
     Run,
     bundle_tags,
     ended_as,
     flat,
+    moves_forward,
     no_bundle,
     parse_reference,
+    same_digest,
     unknown_model,
     unknown_version,
 )
@@ -47,10 +50,14 @@ class MemoryRun:
         for name, value in metrics.items():
             self.metrics.setdefault(name, []).append((step, float(value)))
 
-    def log_metric_rows(self, rows: Sequence[MetricRow]) -> None:
+    def log_metric_rows(self, rows: Sequence[MetricRow], *, time_ms: int | None = None) -> None:
         """Record measurements of many steps."""
         for step, metrics in rows:
             self.log_metrics(metrics, step=step)
+
+    def newest_steps(self) -> dict[str, int]:
+        """The newest recorded step of each measurement."""
+        return {name: max(step for step, _ in values) for name, values in self.metrics.items()}
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record settings; as in MLflow, a parameter that is set cannot get another value."""
@@ -91,11 +98,17 @@ class MemoryTracker:
 
     @contextmanager
     def run(
-        self, name: str, *, params: Mapping[str, Any] = {}, tags: Mapping[str, Any] = {}, parent: str | None = None
+        self,
+        name: str,
+        *,
+        params: Mapping[str, Any] = {},
+        tags: Mapping[str, Any] = {},
+        parent: str | None = None,
+        resume: str = "",
     ) -> Iterator[MemoryRun]:
         """A run for the length of the block."""
-        run = MemoryRun(f"run{next(self._numbers)}", name, parent)
-        self.runs[run.id] = run
+        run = self.runs.get(resume) or MemoryRun(f"run{next(self._numbers)}", name, parent)
+        self.runs[run.id], run.status = run, "RUNNING"
         run.log_params(params)
         run.set_tags(tags)
         try:
@@ -106,20 +119,45 @@ class MemoryTracker:
         run.status = "FINISHED"
 
     def register(
-        self, run: Run, folder: str, model_name: str, *, aliases: Sequence[str] = (), tags: Mapping[str, Any] = {}
+        self,
+        run: Run,
+        folder: str,
+        model_name: str,
+        *,
+        aliases: Sequence[str] = (),
+        tags: Mapping[str, Any] = {},
+        description: str = "",
     ) -> ModelVersion:
-        """Register the bundle that was logged into `folder` as a new version."""
+        """Register the bundle that was logged into `folder`, unless the model has a version of its digest."""
         source = _outside_refused(run.id, folder)
         manifest = self.runs[run.id].files.get(f"{folder}/bundle.json")
         if manifest is None:
             raise no_bundle(source, folder)
         all_tags = bundle_tags(manifest, tags, where=source)
         versions = self.models.setdefault(model_name, [])
-        version = ModelVersion(model_name, str(len(versions) + 1), source, run.id, all_tags, all_tags[DIGEST_TAG])
-        versions.append(version)
+        digest = all_tags[DIGEST_TAG]
+        version = same_digest(versions, digest)
+        if version is None:
+            number = str(len(versions) + 1)
+            version = ModelVersion(model_name, number, source, run.id, all_tags, digest, description)
+            versions.append(version)
         for alias in aliases:
-            self.set_alias(model_name, alias, version.version)
+            if moves_forward(alias, version.version, self.aliases.get(model_name, {})):
+                self.set_alias(model_name, alias, version.version)
         return version
+
+    def list_models(self) -> list[ModelSummary]:
+        """Every registered model, by name."""
+        return [
+            ModelSummary(name, dict(self.aliases.get(name, {})), versions[-1].version)
+            for name, versions in sorted(self.models.items())
+        ]
+
+    def list_versions(self, model_name: str) -> list[ModelVersion]:
+        """All versions of a registered model, oldest first."""
+        if model_name not in self.models:
+            raise unknown_model(model_name, self.models)
+        return list(self.models[model_name])
 
     def set_alias(self, model_name: str, alias: str, version: str) -> None:
         """Let an alias point at a version."""

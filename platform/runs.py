@@ -33,11 +33,32 @@ class ModelVersion:
     run_id: str
     tags: dict[str, str]
     digest: str
+    description: str = ""
 
     @property
     def reference(self) -> str:
         """The address of exactly this version, whatever an alias points at later."""
         return f"{MODEL_SCHEME}{self.name}/{self.version}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSummary:
+    """A registered model: its aliases with the version each points at, and its newest version."""
+
+    name: str
+    aliases: dict[str, str]
+    newest: str
+
+
+def same_digest(versions: Iterable[ModelVersion], digest: str) -> ModelVersion | None:
+    """The newest of these versions that is this bundle already."""
+    same = [version for version in versions if digest and version.digest == digest]
+    return max(same, key=lambda version: int(version.version), default=None)
+
+
+def moves_forward(alias: str, version: str, aliases: Mapping[str, str]) -> bool:
+    """Whether `alias` may move to `version` by a registration: only if it is new or points at an older one."""
+    return int(aliases.get(alias, 0)) < int(version)
 
 
 class Run(Protocol):
@@ -50,8 +71,14 @@ class Run(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Record measurements of one step."""
 
-    def log_metric_rows(self, rows: Sequence[MetricRow]) -> None:
-        """Record measurements of many steps, (step, {name: value}) each, in few requests."""
+    def log_metric_rows(self, rows: Sequence[MetricRow], *, time_ms: int | None = None) -> None:
+        """Record measurements of many steps, (step, {name: value}) each, in few requests.
+
+        time_ms: when they were made, in Unix milliseconds; None means now.
+        """
+
+    def newest_steps(self) -> dict[str, int]:
+        """The newest recorded step of each measurement."""
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record settings; nested mappings and dataclasses become dotted names."""
@@ -79,13 +106,34 @@ class Tracker(Protocol):
         params: Mapping[str, Any] = ...,
         tags: Mapping[str, Any] = ...,
         parent: str | None = None,
+        resume: str = "",
     ) -> AbstractContextManager[Run]:
-        """A run for the length of the block: FINISHED, KILLED by an interrupt, or FAILED by any other exception."""
+        """A run for the length of the block: FINISHED, KILLED by an interrupt, or FAILED by any other exception.
+
+        resume: id of a run to go on with; when it is gone, a new one is made.
+        """
 
     def register(
-        self, run: Run, folder: str, model_name: str, *, aliases: Sequence[str] = (), tags: Mapping[str, Any] = ...
+        self,
+        run: Run,
+        folder: str,
+        model_name: str,
+        *,
+        aliases: Sequence[str] = (),
+        tags: Mapping[str, Any] = ...,
+        description: str = "",
     ) -> ModelVersion:
-        """Register the bundle in the run's artefact folder `folder` as a new version, with its digest as a tag."""
+        """Register the bundle in the run's artefact folder `folder` as a version, with its digest as a tag.
+
+        A bundle whose digest the model already has as a version is not registered again: that version is returned. An
+        alias moves to a newer version, never back to an older one.
+        """
+
+    def list_models(self) -> list[ModelSummary]:
+        """Every registered model, by name."""
+
+    def list_versions(self, model_name: str) -> list[ModelVersion]:
+        """All versions of a registered model, oldest first; TrackingError when there is no such model."""
 
     def set_alias(self, model_name: str, alias: str, version: str) -> None:
         """Let an alias point at a version."""

@@ -67,6 +67,18 @@ class StorageSettings:
     secret_access_key: Secret = NO_SECRET
     allowed_roots: tuple[str, ...] = ()
     """Prefixes (`s3://bucket/folder`, `/data`) that may be read or written; empty allows all."""
+    connect_timeout_s: float = 10.0
+    """How long a connection to the object store may take."""
+    read_timeout_s: float = 60.0
+    """How long the object store may be silent during an answer."""
+    attempts: int = 5
+    """How often a request that the object store refuses or breaks off is made before it counts as failed."""
+
+    def __post_init__(self) -> None:
+        if not (self.connect_timeout_s > 0 and self.read_timeout_s > 0):
+            raise SettingsError("a time limit of storage is not positive.", fix="Use for example read_timeout_s = 60.")
+        if self.attempts < 1:
+            raise SettingsError(f"storage.attempts is {self.attempts}.", fix="Use 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +90,8 @@ class TrackingSettings:
     artifact_root: str = "mlartifacts"
     """Folder or `s3://…` for artefacts when the address is SQLite; a server chooses its own."""
     experiment: str = "genescale"
+    journal_folder: str = ""
+    """Local folder for measurements that wait for MLflow; empty means `genescale-metrics` in the temporary folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,13 +212,23 @@ def _convert(value: Any, hint: Any, *, where: str) -> Any:
         if not isinstance(items, (list, tuple)):
             raise SettingsError(f"{value!r} is not a list.", where=where)
         return tuple(_convert(item, typing.get_args(hint)[0], where=where) for item in items)
-    if origin is dict or hint is dict:
-        return dict(value)
+    if origin in (dict, Mapping) or hint is dict:
+        return _pairs(value, where=where)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise SettingsError("is a section, not a value.", where=where, fix="Write its keys below it.")
         return build(typing.cast("type[Any]", hint), value, where=where)
     return _convert_scalar(value, hint, where=where)
+
+
+def _pairs(value: Any, *, where: str) -> dict[str, Any]:
+    """A mapping as it is, or one written `key=value,key=value`."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    items = [item for item in value.split(",") if item.strip()] if isinstance(value, str) else None
+    if items is None or any("=" not in item for item in items):
+        raise SettingsError(f"{value!r} is not a table of keys and values.", where=where, fix="Write key=value.")
+    return {key.strip(): text.strip() for key, _, text in (item.partition("=") for item in items)}
 
 
 def _convert_scalar(value: Any, hint: Any, *, where: str) -> Any:

@@ -25,9 +25,6 @@ from genescale.platform.settings import StorageSettings
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-ATTEMPTS = 5
-CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 60
 CONNECTIONS = 16
 
 
@@ -252,9 +249,9 @@ class S3Connection:
         # Stores that are not AWS often do not know the newer checksum trailers, and the S3 protocol does not need them.
         checksums = "when_required" if self._settings.endpoint_url else "when_supported"
         config = Config(
-            retries={"mode": "standard", "max_attempts": ATTEMPTS},
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
+            retries={"mode": "standard", "total_max_attempts": self._settings.attempts},
+            connect_timeout=self._settings.connect_timeout_s,
+            read_timeout=self._settings.read_timeout_s,
             max_pool_connections=CONNECTIONS,
             s3={"addressing_style": "path" if self._settings.endpoint_url else "auto"},
             request_checksum_calculation=checksums,
@@ -289,11 +286,21 @@ class S3Connection:
             options["secret_key"] = self._settings.secret_access_key.reveal()
         if endpoint := self._pinned_endpoint():
             options["scheme"], options["endpoint_override"] = urlsplit(endpoint)[:2]
-        return S3FileSystem(retry_strategy=AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS), **options)
+        return S3FileSystem(
+            retry_strategy=AwsStandardS3RetryStrategy(max_attempts=self._settings.attempts),
+            connect_timeout=self._settings.connect_timeout_s,
+            request_timeout=self._settings.read_timeout_s,
+            **options,
+        )
 
     def table_options(self) -> dict[str, str]:
         """The options of these settings under the names that delta-rs and Polars share."""
-        options = {"aws_region": self._settings.region, "aws_conditional_put": "etag"}
+        options = {
+            "aws_region": self._settings.region,
+            "aws_conditional_put": "etag",
+            "connect_timeout": f"{self._settings.connect_timeout_s}s",
+            "timeout": f"{self._settings.read_timeout_s}s",
+        }
         if self._settings.access_key_id:
             options["aws_access_key_id"] = self._settings.access_key_id.reveal()
             options["aws_secret_access_key"] = self._settings.secret_access_key.reveal()

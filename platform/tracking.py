@@ -20,42 +20,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from genescale.platform.address import Place, join, parse, shown, within
 from genescale.platform.artefacts import Artefacts, ServerArtefacts, StoredArtefacts, scratch_folder
-from genescale.platform.bundle import MANIFEST, Bundle
+from genescale.platform.bundle import Bundle
 from genescale.platform.bundle_cache import cached_bundle, stored_bundle
 from genescale.platform.database import database_address
 from genescale.platform.errors import (
-    ForbiddenPathError,
-    NotFoundError,
-    StorageError,
     TrackingError,
 )
 from genescale.platform.liveness import is_gone, process_label
 from genescale.platform.memory_tracker import MemoryTracker as MemoryTracker
+from genescale.platform.registry import SERVED, Registry
 from genescale.platform.runs import (
     DIGEST_TAG,
     MODEL_SCHEME,
     MetricRow,
-    bundle_tags,
     ended_as,
     flat,
-    foreign_source,
-    no_bundle,
-    parse_reference,
     refused,
-    unknown_model,
-    unknown_version,
 )
+from genescale.platform.runs import ModelSummary as ModelSummary
 from genescale.platform.runs import ModelVersion as ModelVersion
 from genescale.platform.runs import Run as Run
 from genescale.platform.runs import Tracker as Tracker
 from genescale.platform.settings import Settings, StorageSettings, TrackingSettings
 
-# The scheme of artefacts that a server hands out itself.
-SERVED = "mlflow-artifacts:"
 PROCESS_TAG, PARENT_TAG = "genescale.process", "mlflow.parentRunId"
 # What MLflow takes in one request.
 METRICS_AT_ONCE, PARAMS_AT_ONCE, TAGS_AT_ONCE = 1000, 100, 100
@@ -107,15 +97,22 @@ class MlflowRun:
         """Record measurements of one step."""
         self.log_metric_rows([(step, metrics)])
 
-    def log_metric_rows(self, rows: Sequence[MetricRow]) -> None:
+    def log_metric_rows(self, rows: Sequence[MetricRow], *, time_ms: int | None = None) -> None:
         """Record measurements of many steps, a thousand values in one request."""
         from mlflow.entities import Metric
 
-        now_ms = int(time.time() * 1000)
-        values = [Metric(name, float(value), now_ms, step) for step, row in rows for name, value in row.items()]
+        made_ms = int(time.time() * 1000) if time_ms is None else time_ms
+        values = [Metric(name, float(value), made_ms, step) for step, row in rows for name, value in row.items()]
         with self._errors():
             for start in range(0, len(values), METRICS_AT_ONCE):
                 self._client.log_batch(self.id, metrics=values[start : start + METRICS_AT_ONCE])
+
+    def newest_steps(self) -> dict[str, int]:
+        """The newest recorded step of each measurement."""
+        with self._errors():
+            names = self._client.get_run(self.id).data.metrics
+            history = {name: self._client.get_metric_history(self.id, name) for name in names}
+        return {name: max(point.step for point in points) for name, points in history.items() if points}
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record settings; TrackingError when one of them already has another value."""
@@ -152,7 +149,7 @@ class MlflowRun:
             self.log_file(path, folder)
 
 
-class MlflowTracker:
+class MlflowTracker(Registry):
     """Runs and registered models in one MLflow; usable from several threads, with no global active run.
 
     With SQLite, artefacts lie below `tracking.artifact_root`; a server chooses its own place. Raises TrackingError.
@@ -169,14 +166,24 @@ class MlflowTracker:
 
     @contextmanager
     def run(
-        self, name: str, *, params: Mapping[str, Any] = {}, tags: Mapping[str, Any] = {}, parent: str | None = None
+        self,
+        name: str,
+        *,
+        params: Mapping[str, Any] = {},
+        tags: Mapping[str, Any] = {},
+        parent: str | None = None,
+        resume: str = "",
     ) -> Iterator[MlflowRun]:
-        """A run for the length of the block: FINISHED, KILLED by an interrupt, or FAILED by any other exception."""
+        """A run for the length of the block: FINISHED, KILLED by an interrupt, or FAILED by any other exception.
+
+        resume: id of a run to go on with; when it is gone, a new one is made.
+        """
         labels = {PROCESS_TAG: process_label(), **({PARENT_TAG: parent} if parent else {})}
         with self.errors():
-            info = self.client.create_run(self._experiment(), run_name=name, tags=labels).info
+            info = self._reopened(resume, labels) if resume else None
+            info = info or self.client.create_run(self._experiment(), run_name=name, tags=labels).info
         try:
-            run = MlflowRun(self, info.run_id, self._artefacts(info))
+            run = MlflowRun(self, info.run_id, self.run_artefacts(info))
             run.log_params(params)
             run.set_tags(tags)
             yield run
@@ -188,62 +195,6 @@ class MlflowTracker:
                 error.add_note(f"The run {info.run_id} could not be closed either: {second}")
             raise
         self._end(info.run_id, "FINISHED")
-
-    def register(
-        self, run: Run, folder: str, model_name: str, *, aliases: Sequence[str] = (), tags: Mapping[str, Any] = {}
-    ) -> ModelVersion:
-        """Register the bundle in the run's artefact folder `folder` as a new version, with its digests as tags."""
-        parse_reference(f"{MODEL_SCHEME}{model_name}/1")
-        info = self._run_info(run.id)
-        source = self._source(info, folder)
-        try:
-            manifest = self._artefacts(info, folder).read(MANIFEST)
-        except NotFoundError as error:
-            raise no_bundle(source, folder) from error
-        all_tags = bundle_tags(manifest, tags, where=source)
-        with self.errors():
-            self._ensure_model(model_name)
-            made = self.client.create_model_version(
-                model_name, source=source, run_id=run.id, tags=all_tags, await_creation_for=None
-            )
-            for alias in aliases:
-                self.client.set_registered_model_alias(model_name, alias, str(made.version))
-        return self._version(made)
-
-    def set_alias(self, model_name: str, alias: str, version: str) -> None:
-        """Let an alias point at a version."""
-        self.resolve(f"{MODEL_SCHEME}{model_name}/{version}")
-        with self.errors():
-            self.client.set_registered_model_alias(model_name, alias, version)
-
-    def resolve(self, reference: str) -> ModelVersion:
-        """The version behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-
-        The error says which names, aliases and versions there are; a source outside its run's artefacts is refused.
-        """
-        wanted = parse_reference(reference)
-        with self.errors():
-            found = {str(v.version): v for v in self.client.search_model_versions(f"name = '{wanted.name}'")}
-            known = [] if found else [model.name for model in self.client.search_registered_models()]
-            if not found and wanted.name not in known:
-                raise unknown_model(wanted.name, known)
-            model = self.client.get_registered_model(wanted.name)
-        aliases = {alias: str(number) for alias, number in model.aliases.items()}
-        number = aliases.get(wanted.alias, "") if wanted.alias else str(int(wanted.version or 0))
-        if number not in found:
-            raise unknown_version(wanted, aliases, found, where=reference)
-        version = self._version(found[number])
-        self._folder_of(version)
-        return version
-
-    def download(self, version: ModelVersion, to: Path) -> Path:
-        """Copy the version's files to the local folder `to`; returns `to`."""
-        self.artefacts_of(version).fetch(to)
-        return to
-
-    def artefacts_of(self, version: ModelVersion) -> Artefacts:
-        """The version's files; TrackingError when they do not lie among its run's artefacts."""
-        return self._artefacts(self._run_info(version.run_id), self._folder_of(version))
 
     def close_dangling(self, experiment: str | None = None) -> int:
         """Mark the experiment's runs whose process, on this machine, is gone as KILLED; returns how many."""
@@ -315,7 +266,8 @@ class MlflowTracker:
                 raise
             return found
 
-    def _ensure_model(self, name: str) -> None:
+    def ensure_model(self, name: str) -> None:
+        """Make the registered model, unless it is there."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -324,7 +276,25 @@ class MlflowTracker:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _run_info(self, run_id: str) -> Any:
+    def _reopened(self, run_id: str, labels: Mapping[str, str]) -> Any:
+        """The run, open again; None when it is gone."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            info = self.client.get_run(run_id).info
+            if info.lifecycle_stage != "active":
+                return None
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        self.client.update_run(run_id, status="RUNNING")
+        for name, value in labels.items():
+            self.client.set_tag(run_id, name, value)
+        return info
+
+    def run_info(self, run_id: str) -> Any:
+        """What MLflow knows of a run."""
         with self.errors():
             return self.client.get_run(run_id).info
 
@@ -332,20 +302,15 @@ class MlflowTracker:
         with self.errors():
             self.client.set_terminated(run_id, status)
 
-    def _version(self, made: Any) -> ModelVersion:
-        tags = {str(key): str(value) for key, value in made.tags.items()}
-        return ModelVersion(
-            made.name, str(made.version), str(made.source), str(made.run_id or ""), tags, tags.get(DIGEST_TAG, "")
-        )
-
-    def _artefacts(self, info: Any, folder: str = "") -> Artefacts:
+    def run_artefacts(self, info: Any, folder: str = "") -> Artefacts:
+        """The files of a run, or of one of its folders."""
         if info.artifact_uri.startswith(SERVED):
             return ServerArtefacts(self.client, info.run_id, folder, self.errors)
-        root = self._checked_root(parse(info.artifact_uri))
+        root = self.checked_root(parse(info.artifact_uri))
         confined = dataclasses.replace(self._storage, allowed_roots=(root.uri,))
         return StoredArtefacts(confined, join(root.uri, folder) if folder else root.uri)
 
-    def _checked_root(self, root: Place) -> Place:
+    def checked_root(self, root: Place) -> Place:
         """The place of a run's artefacts, if it is where this tracker's artefacts may be.
 
         A database, or a server we do not run, could name any path of this machine; so local ones are held to
@@ -359,28 +324,3 @@ class MlflowTracker:
             where=root.uri,
             fix="Set tracking.artifact_root to where they are, or tracking.experiment to a new name.",
         )
-
-    def _source(self, info: Any, folder: str) -> str:
-        try:
-            join("artefacts", folder)
-        except ForbiddenPathError as error:
-            raise foreign_source(folder, info.artifact_uri) from error
-        return f"{info.artifact_uri.rstrip('/')}/{quote(folder) if info.artifact_uri.startswith('file:') else folder}"
-
-    def _folder_of(self, version: ModelVersion) -> str:
-        """The artefact folder of a version, relative to its run's artefacts; TrackingError when not below them."""
-        if not version.run_id:
-            raise foreign_source(version.source, "any run")
-        root = self._run_info(version.run_id).artifact_uri.rstrip("/")
-        try:
-            if root.startswith(SERVED):
-                base, source = root, version.source
-            else:
-                base, source = self._checked_root(parse(root)).uri, parse(version.source).uri
-            folder = source.removeprefix(f"{base}/")
-            join(base, folder)
-        except StorageError as error:
-            raise foreign_source(version.source, root) from error
-        if folder == source:
-            raise foreign_source(version.source, root)
-        return folder

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,60 +28,38 @@ import torch
 
 from genescale.platform.errors import CorpusError, SettingsError
 from genescale.platform.vocabulary import Vocabulary
+from genescale.training.cells import CorpusCells as CorpusCells
+from genescale.training.cells import MemoryCells as MemoryCells
 from genescale.training.masking import Masking
 from genescale.training.model import PackedBatch, pack
-
-if TYPE_CHECKING:
-    from genescale.ingestion.corpus import Corpus
 
 Item = TypeVar("Item")
 BLOCK_CELLS, BLOCKS = 16_384, 16
 # Keys of the streams drawn from one seed; masking has its own.
-_ORDER_STREAM, _HELD_OUT_STREAM, _DROPOUT_STREAM = 2, 3, 4
+_ORDER_STREAM, _DROPOUT_STREAM = 2, 4
 
 
 class CellSource(Protocol):
     """Where cells come from: a pinned corpus, or cells in memory."""
 
     vocabulary: Vocabulary
-    lengths: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.integer]
     """(n) tokens of each cell."""
+    donors: npt.NDArray[np.int32]
+    """(n) number of each cell's donor; -1 where the donor is not known."""
 
     def tokens(self, indices: Sequence[int]) -> list[np.ndarray]:
         """The tokens of these cells, in this order."""
 
-
-class MemoryCells:
-    """Cells held in memory: for tests, notebooks and benchmarks without a corpus."""
-
-    def __init__(self, cells: Sequence[npt.ArrayLike], vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
-        self._cells = [np.asarray(cell) for cell in cells]
-        self.lengths = np.array([len(cell) for cell in self._cells], dtype=np.int64)
-
-    def tokens(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """The tokens of these cells, in this order."""
-        return [self._cells[index] for index in indices]
-
-
-class CorpusCells:
-    """The cells of one pinned version of a corpus, read as they are needed."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        self.vocabulary = corpus.vocabulary
-        self.lengths = corpus.cells(["length"])["length"].to_numpy().astype(np.int64)
-        self._corpus = corpus
-
-    def tokens(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """The tokens of these cells, in this order."""
-        return self._corpus.tokens(indices)
+    def origin(self, indices: Sequence[int]) -> list[tuple[str, int]]:
+        """(dataset, row in its source file) of these cells: where a person finds them."""
 
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
     """One epoch: the shuffled cells and where micro-batches begin."""
 
-    order: npt.NDArray[np.int64]
+    order: npt.NDArray[np.integer]
     starts: npt.NDArray[np.int64]
     """Rising positions in `order`; micro-batch i is order[starts[i]:starts[i + 1]]."""
     lanes: int
@@ -91,14 +69,14 @@ class EpochPlan:
         """Optimiser steps of this epoch."""
         return -(-(len(self.starts) - 1) // self.lanes)
 
-    def micro_batch(self, step: int, lane: int) -> npt.NDArray[np.int64]:
+    def micro_batch(self, step: int, lane: int) -> npt.NDArray[np.integer]:
         """Cells of one lane in one step; empty when the last step does not fill every lane."""
         number = step * self.lanes + lane
         if number >= len(self.starts) - 1:
             return self.order[:0]
         return self.order[self.starts[number] : self.starts[number + 1]]
 
-    def step_cells(self, step: int) -> npt.NDArray[np.int64]:
+    def step_cells(self, step: int) -> npt.NDArray[np.integer]:
         """Cells of all lanes in one step."""
         first, last = step * self.lanes, min((step + 1) * self.lanes, len(self.starts) - 1)
         return self.order[self.starts[first] : self.starts[last]]
@@ -108,8 +86,8 @@ class EpochPlan:
 class BatchPlan:
     """The plan of every epoch over `cells` (indices into `lengths`)."""
 
-    lengths: npt.NDArray[np.int64]
-    cells: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.integer]
+    cells: npt.NDArray[np.integer]
     seed: int
     token_budget: int
     """Tokens in a micro-batch at most."""
@@ -145,17 +123,19 @@ class BatchPlan:
         return epoch, step
 
 
-@lru_cache(maxsize=4)
+# Two: the epoch that is trained on and the one before or after it. One of 30 million cells takes 130 MB.
+@lru_cache(maxsize=2)
 def _epoch_plan(plan: BatchPlan, epoch: int) -> EpochPlan:
     order = _shuffled(plan.cells, np.random.Philox(np.random.SeedSequence([plan.seed, _ORDER_STREAM, epoch])))
-    ends = np.concatenate([[0], np.cumsum(plan.lengths[order])])
+    ends = np.zeros(len(order) + 1, dtype=np.int64)
+    np.cumsum(plan.lengths[order], out=ends[1:])
     starts = [0]
     while starts[-1] < len(order):
         starts.append(int(np.searchsorted(ends, ends[starts[-1]] + plan.token_budget, side="right")) - 1)
     return EpochPlan(order, np.array(starts, dtype=np.int64), plan.lanes)
 
 
-def _shuffled(cells: npt.NDArray[np.int64], bits: np.random.Philox) -> npt.NDArray[np.int64]:
+def _shuffled(cells: npt.NDArray[np.integer], bits: np.random.Philox) -> npt.NDArray[np.integer]:
     draws = np.random.Generator(bits)
     block_starts = np.arange(0, len(cells), BLOCK_CELLS)
     block_starts = block_starts[np.argsort(draws.random(len(block_starts)), kind="stable")]
@@ -166,14 +146,6 @@ def _shuffled(cells: npt.NDArray[np.int64], bits: np.random.Philox) -> npt.NDArr
         # Sorting uniform keys rests on the raw stream alone; `permutation` may change between NumPy releases.
         groups.append(group[np.argsort(draws.random(len(group)), kind="stable")])
     return np.concatenate(groups)
-
-
-def hold_out(n_cells: int, count: int, *, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(training cells, held-out cells), both rising: `count` random cells, never more than a tenth of them all."""
-    draws = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _HELD_OUT_STREAM]))).random(n_cells)
-    order = np.argsort(draws, kind="stable")
-    count = min(count, n_cells // 10)
-    return np.sort(order[count:]), np.sort(order[:count])
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +181,8 @@ class StepBatch:
     """Masked tokens of all lanes: what the loss is divided by."""
     tokens: int
     """Tokens of all lanes."""
+    squares: int = 0
+    """Sum of the squared lengths of the cells of all lanes: what attention costs."""
 
 
 def micro_batch(
@@ -270,8 +244,9 @@ def _step_batch(
         micro_batch([next(cells) for _ in chosen], list(chosen), masking, epoch=epoch, dropout_seed=seed)
         for chosen, seed in zip(indices, seeds, strict=True)
     ]
-    lengths = source.lengths[plan.step_cells(step)]
-    return StepBatch(done, epoch, tuple(batches), int(masking.counts(lengths).sum()), int(lengths.sum()))
+    lengths = source.lengths[plan.step_cells(step)].astype(np.int64)
+    masked, tokens = int(masking.counts(lengths).sum()), int(lengths.sum())
+    return StepBatch(done, epoch, tuple(batches), masked, tokens, int((lengths**2).sum()))
 
 
 def _dropout_seed(seed: int, epoch: int, step: int, lane: int) -> int:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from genescale.ingestion.h5ad import open_atlas, write_obsm
+from genescale.ingestion.formats.obsm import cell_names, write_obsm
 from genescale.ingestion.pipeline import dataset_name
 from genescale.platform.errors import InputError, IntegrityError, NotFoundError, did_you_mean
 from genescale.platform.settings import build
@@ -112,8 +112,7 @@ def annotate_h5ad(
     chosen_n = np.flatnonzero(pc.equal(table.column("dataset_id"), dataset_id).to_numpy())
     rows_n = table.column("source_row").to_numpy()[chosen_n]
     cell_ids = table.column("cell_id").take(pa.array(chosen_n)).to_pylist()
-    with open_atlas(source_uri, store) as atlas:
-        names = atlas.cell_ids(0, atlas.n_cells)
+    names = cell_names(source_uri, store)
     for row, cell_id in zip(rows_n.tolist(), cell_ids, strict=True):
         if row >= len(names) or names[row] != cell_id:
             found = f"is '{names[row]}'" if row < len(names) else "does not exist"

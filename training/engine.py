@@ -16,70 +16,21 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from genescale.platform.errors import ClusterError, IntegrityError, SettingsError
+from genescale.platform.errors import ClusterError
+from genescale.training import zero_state
 from genescale.training.batches import MicroBatch, StepBatch
 from genescale.training.model import MaskedGeneModel
+from genescale.training.optimizer import OptimizerConfig as OptimizerConfig
+from genescale.training.optimizer import adamw, set_rate
+from genescale.training.shards import SavedState, Snapshot
 from genescale.training.weights import to_hf
-
-# One subfolder of a checkpoint belongs to the engine.
-STATE_FOLDER = "engine"
-STATE_FILE = "state.safetensors"
-BETAS, EPSILON = (0.9, 0.999), 1e-8
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with a learning-rate schedule; defaults are those of the published 10M model."""
-
-    learning_rate: float = 1e-3
-    """At the end of the warm-up."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the rate falls to zero after the warm-up."""
-    warmup_steps: int = 0
-    warmup_fraction: float = 0.0
-    """Warm-up as a share of all steps, instead of `warmup_steps`."""
-    weight_decay: float = 0.001
-    """Not applied to biases and norms."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
-    zero_stage: int = 1
-    """What DeepSpeed divides among workers: 0 nothing, 1 optimiser state, 2 and gradients, 3 and weights."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes matrix products in bf16 and keeps weights and optimiser state in fp32."""
-
-    def __post_init__(self) -> None:
-        checks = {
-            "learning_rate": self.learning_rate > 0,
-            "warmup_steps": self.warmup_steps >= 0,
-            "warmup_fraction": 0 <= self.warmup_fraction < 1,
-            "weight_decay": self.weight_decay >= 0,
-            "clip": self.clip >= 0,
-            "zero_stage": self.zero_stage in (0, 1, 2, 3),
-        }
-        for name, holds in checks.items():
-            if not holds:
-                raise SettingsError(f"optimizer.{name} is {getattr(self, name)}, out of range.")
-        if self.warmup_steps and self.warmup_fraction:
-            raise SettingsError("optimizer has both warmup_steps and warmup_fraction.", fix="Give one of them.")
-
-    def rate_at(self, step: int, total_steps: int) -> float:
-        """Learning rate of optimiser step `step` (the first is 1)."""
-        warmup = self.warmup_steps or math.ceil(self.warmup_fraction * total_steps)
-        if step <= warmup:
-            return self.learning_rate * step / warmup
-        share = (step - 1 - warmup) / max(1, total_steps - warmup)
-        fall = {"linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2, "constant": 1.0}
-        return self.learning_rate * max(0.0, fall[self.schedule])
 
 
 class Engine(Protocol):
@@ -87,6 +38,7 @@ class Engine(Protocol):
 
     rank: int
     workers: int
+    device: torch.device
 
     def step(self, batch: StepBatch) -> torch.Tensor:
         """One optimiser step. Returns this worker's sums (3): negative log likelihood, correct, masked tokens."""
@@ -103,11 +55,14 @@ class Engine(Protocol):
     def gradient_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping; None where the engine does not say."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimiser state below `folder`; every worker must call it."""
+    def lane_losses(self) -> torch.Tensor:
+        """Negative log likelihood of each of this worker's micro-batches in the last step."""
 
-    def resume(self, folder: Path) -> None:
-        """Take weights and optimiser state from a folder written by `save`; every worker must call it."""
+    def snapshot(self) -> Snapshot:
+        """A copy on the host of what this worker holds of weights and optimiser state; no worker waits for another."""
+
+    def restore(self, saved: SavedState) -> None:
+        """Take weights and optimiser state, whoever wrote them; every worker must call it."""
 
     def weights(self) -> dict[str, np.ndarray]:
         """All weights under their Hugging Face names; every worker must call it."""
@@ -122,34 +77,37 @@ class TorchEngine:
         self, model: MaskedGeneModel, config: OptimizerConfig, *, total_steps: int, device: str | torch.device = "cpu"
     ) -> None:
         self._model = model.to(device)
-        self._config, self._total_steps, self._device = config, total_steps, torch.device(device)
-        self._optimizer = _adamw(model, config)
-        self._norm: float | None = None
+        self._config, self._total_steps, self.device = config, total_steps, torch.device(device)
+        self._optimizer = adamw(model, config)
+        self._norm: torch.Tensor | None = None
+        self._lane_losses = torch.zeros(0)
 
     def step(self, batch: StepBatch) -> torch.Tensor:
         """One optimiser step; see `Engine.step`."""
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, device=self._device)
+        lanes = []
         for micro_batch in batch.micro_batches:
-            with _dropout_from(micro_batch.dropout_seed, self._device), self._autocast():
-                nll, micro_sums = _forward(self._model, micro_batch.to(self._device))
+            with _dropout_from(micro_batch.dropout_seed, self.device), self._autocast():
+                nll, micro_sums = _forward(self._model, micro_batch.to(self.device))
             (nll / batch.masked).backward()
-            sums += micro_sums
+            lanes.append(micro_sums)
         clip = self._config.clip or math.inf
-        self._norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), clip))
-        _set_rate(self._optimizer, self.learning_rate(batch.step))
+        # Kept on the device: a step must not wait for it.
+        self._norm = nn.utils.clip_grad_norm_(self._model.parameters(), clip)
+        set_rate(self._optimizer, self.learning_rate(batch.step))
         self._optimizer.step()
-        return sums
+        self._lane_losses = torch.stack(lanes)[:, 0]
+        return torch.stack(lanes).sum(0)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor:
         """Sums without learning; see `Engine.evaluate`."""
         self._model.eval()
-        sums = torch.zeros(3, device=self._device)
+        sums = torch.zeros(3, device=self.device)
         for micro_batch in micro_batches:
             with self._autocast():
-                sums += _forward(self._model, micro_batch.to(self._device))[1]
+                sums += _forward(self._model, micro_batch.to(self.device))[1]
         return sums
 
     def total(self, sums: torch.Tensor) -> np.ndarray:
@@ -162,38 +120,28 @@ class TorchEngine:
 
     def gradient_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping."""
-        return self._norm
+        return None if self._norm is None else float(self._norm)
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimiser state as safetensors."""
-        (folder / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
-        tensors = {f"weight/{name}": parameter.detach() for name, parameter in self._model.named_parameters()}
-        for name, parameter in self._model.named_parameters():
-            state = self._optimizer.state.get(parameter, {})
-            tensors.update({f"{key}/{name}": torch.as_tensor(value) for key, value in state.items()})
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / STATE_FOLDER / STATE_FILE)
+    def lane_losses(self) -> torch.Tensor:
+        """Negative log likelihood of each micro-batch of the last step."""
+        return self._lane_losses
 
-    @torch.no_grad()
-    def resume(self, folder: Path) -> None:
-        """Take weights and optimiser state from `save`; IntegrityError when they are not this model's."""
-        path = folder / STATE_FOLDER / STATE_FILE
-        tensors = load_file(path) if path.is_file() else {}
-        for name, parameter in self._model.named_parameters():
-            saved = tensors.get(f"weight/{name}")
-            if saved is None or saved.shape != parameter.shape:
-                raise IntegrityError(f"holds no {name} of shape {tuple(parameter.shape)}.", where=str(path))
-            parameter.copy_(saved)
-            state = {key: tensors.get(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if all(value is not None for value in state.values()):
-                moved = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items() if v is not None}
-                self._optimizer.state[parameter] = moved
+    def snapshot(self) -> Snapshot:
+        """A copy of weights and optimiser state."""
+        return zero_state.take_whole(self._optimizer, list(self._model.named_parameters()))
+
+    def restore(self, saved: SavedState) -> None:
+        """Take weights and optimiser state; IntegrityError when they are not this model's."""
+        parameters = list(self._model.named_parameters())
+        saved.check_fits({name: tuple(parameter.shape) for name, parameter in parameters})
+        zero_state.put_whole(self._optimizer, parameters, saved)
 
     def weights(self) -> dict[str, np.ndarray]:
         """All weights under their Hugging Face names."""
         return to_hf(self._model)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
 
 
 class DeepSpeedEngine:
@@ -211,34 +159,36 @@ class DeepSpeedEngine:
         self._engine, *_ = self._deepspeed.initialize(
             model=model,
             # torch's own AdamW: DeepSpeed's CPU and fused ones are compiled at first use.
-            optimizer=_adamw(model, config),
+            optimizer=adamw(model, config),
             config=_deepspeed_config(config, self._accumulation),
             dist_init_required=None,
         )
-        self._device = torch.device(self._engine.device)
+        self.device = torch.device(self._engine.device)
+        self._lane_losses = torch.zeros(0)
 
     def step(self, batch: StepBatch) -> torch.Tensor:
         """One optimiser step; see `Engine.step`."""
         self._engine.train()
-        sums = torch.zeros(3, device=self._device)
+        lanes = []
         # DeepSpeed takes the mean over accumulation and workers: this undoes it (see the top of this file).
         scale = self._accumulation * self.workers / batch.masked
-        _set_rate(self._engine.optimizer, self.learning_rate(batch.step))
+        set_rate(self._engine.optimizer, self.learning_rate(batch.step))
         for micro_batch in batch.micro_batches:
-            with _dropout_from(micro_batch.dropout_seed, self._device):
-                nll, micro_sums = _forward(self._engine, micro_batch.to(self._device))
+            with _dropout_from(micro_batch.dropout_seed, self.device):
+                nll, micro_sums = _forward(self._engine, micro_batch.to(self.device))
             self._engine.backward(nll * scale)
             self._engine.step()
-            sums += micro_sums
-        return sums
+            lanes.append(micro_sums)
+        self._lane_losses = torch.stack(lanes)[:, 0]
+        return torch.stack(lanes).sum(0)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor:
         """Sums without learning; see `Engine.evaluate`."""
         self._engine.eval()
-        sums = torch.zeros(3, device=self._device)
+        sums = torch.zeros(3, device=self.device)
         for micro_batch in micro_batches:
-            sums += _forward(self._engine, micro_batch.to(self._device))[1]
+            sums += _forward(self._engine, micro_batch.to(self.device))[1]
         return sums
 
     def total(self, sums: torch.Tensor) -> np.ndarray:
@@ -256,15 +206,19 @@ class DeepSpeedEngine:
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's own files (pickles: for storage that only this run writes to)."""
-        self._engine.save_checkpoint(str(folder), tag=STATE_FOLDER, save_latest=False)
+    def lane_losses(self) -> torch.Tensor:
+        """Negative log likelihood of each of this worker's micro-batches in the last step."""
+        return self._lane_losses
 
-    def resume(self, folder: Path) -> None:
-        """Take DeepSpeed's files; ZeRO stages 1 to 3 need as many workers as wrote them."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=STATE_FOLDER)
-        if loaded is None:
-            raise IntegrityError("DeepSpeed finds no checkpoint.", where=str(folder / STATE_FOLDER))
+    def snapshot(self) -> Snapshot:
+        """A copy of this worker's fragments of weights and optimiser state."""
+        stage = self._config.zero_stage
+        return zero_state.take(self._engine, self._model, stage=stage, rank=self.rank, workers=self.workers)
+
+    def restore(self, saved: SavedState) -> None:
+        """Take weights and optimiser state, written by any number of workers at any ZeRO stage."""
+        gathered, stage = self._deepspeed.zero.GatheredParameters, self._config.zero_stage
+        zero_state.put(self._engine, self._model, saved, stage=stage, rank=self.rank, gathered=gathered)
 
     def weights(self) -> dict[str, np.ndarray]:
         """All weights under their Hugging Face names; at ZeRO stage 3 they are gathered first."""
@@ -312,19 +266,6 @@ def _forward(model: Any, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.T
     nll = nll_m.sum() * weight
     correct = (logits_mv.argmax(-1) == micro_batch.labels).sum() * weight
     return nll, torch.stack([nll.detach(), correct, nll.new_tensor(float(micro_batch.n_masked))])
-
-
-def _adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW that decays matrices and leaves biases and norms alone, as the published training did."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, eps=EPSILON)
-
-
-def _set_rate(optimizer: Any, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 @contextlib.contextmanager

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 GIT_TIMEOUT_S = 10
+# What decides how a training computes, beside our own code.
+PACKAGES = ("torch", "deepspeed", "ray", "numpy", "pyarrow", "safetensors", "mlflow")
 
 
 def code_version() -> dict[str, str]:
@@ -20,6 +24,17 @@ def code_version() -> dict[str, str]:
             changed = _git(root, "status", "--porcelain", "--untracked-files=no")
             recorded["git_commit"] = f"{commit}-dirty" if changed else commit
     return recorded
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute, and the machine of the driver."""
+    found = {"python": platform.python_version(), "system": platform.platform(), "processors": str(os.cpu_count())}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,19 +19,17 @@ from genescale.platform.errors import IntegrityError
 from genescale.training.batches import (
     BatchPlan,
     CellSource,
-    StepBatch,
     evaluation_batches,
-    hold_out,
     prefetch,
     step_batches,
 )
+from genescale.training.cells import HeldOutSplit, hold_out
 from genescale.training.engine import Engine
+from genescale.training.flops import Utilisation
 from genescale.training.masking import Masking
+from genescale.training.meter import Meter
+from genescale.training.meter import Row as Row
 from genescale.training.recipe import PretrainConfig
-
-Row = tuple[int, dict[str, float]]
-"""(steps done, named measurements)."""
-STATE_FILE = "training.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,11 +43,12 @@ class RunPlan:
     held_out_masking: Masking
     """Always the published shares, so that held-out losses of different recipes can be compared."""
     total_steps: int
+    split: HeldOutSplit
 
     @classmethod
     def of(cls, config: PretrainConfig, source: CellSource) -> RunPlan:
         """Plan a run; SettingsError or CorpusError when config and cells do not fit together."""
-        trained, held_out = hold_out(len(source.lengths), config.held_out_cells, seed=config.seed)
+        split = hold_out(len(source.lengths), config.held_out_cells, seed=config.seed, donors=source.donors)
 
         def batch_plan(cells: np.ndarray) -> BatchPlan:
             return BatchPlan(
@@ -62,10 +59,11 @@ class RunPlan:
                 lanes=config.lanes,
             )
 
-        training = batch_plan(trained)
+        training = batch_plan(split.trained)
         return cls(
             training=training,
-            held_out=batch_plan(held_out) if len(held_out) else None,
+            split=split,
+            held_out=batch_plan(split.held_out) if len(split.held_out) else None,
             masking=Masking(
                 vocabulary=source.vocabulary,
                 seed=config.seed,
@@ -76,6 +74,15 @@ class RunPlan:
             held_out_masking=Masking(vocabulary=source.vocabulary, seed=config.seed),
             total_steps=config.steps or training.n_steps(config.epochs),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Cells on each side and how they were told apart, for tracking and the model card."""
+        return {
+            "trained_cells": len(self.split.trained),
+            "held_out_cells_found": len(self.split.held_out),
+            "left_out_cells": self.split.left_out,
+            "held_out_by": "donor" if self.split.by_donor else "cell",
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,22 +100,30 @@ class TrainState:
     steps: int = 0
     before: HeldOut | None = None
     """Held-out quality of the untrained model; None as well when no cells are held out."""
-    after: HeldOut | None = None
+    held_out: HeldOut | None = None
+    """Held-out quality after exactly these steps; None when it was not measured there."""
+    best_loss: float | None = None
+    """Lowest held-out loss of the run so far."""
     finished: bool = False
 
-    def write(self, folder: Path) -> None:
-        """Put it into a checkpoint folder."""
-        (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
 
     @classmethod
-    def read(cls, folder: Path) -> TrainState:
-        """Take it from a checkpoint folder; IntegrityError when it is not there or not whole."""
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
+        """The state that `to_dict` gave; IntegrityError when something is missing."""
         try:
-            values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            parts = {name: HeldOut(**values[name]) if values[name] else None for name in ("before", "after")}
-            return cls(steps=int(values["steps"]), finished=bool(values["finished"]), **parts)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(f"not a checkpoint: {error}.", where=str(folder / STATE_FILE)) from error
+            parts = {name: HeldOut(**values[name]) if values[name] else None for name in ("before", "held_out")}
+            best = values["best_loss"]
+            return cls(steps=int(values["steps"]), finished=bool(values["finished"]), best_loss=best, **parts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"is no state of a training: {error}.", where="checkpoint") from error
+
+    def measured(self, held_out: HeldOut | None) -> TrainState:
+        """The same state with what was just measured."""
+        losses = [loss for loss in (self.best_loss, held_out and held_out.loss) if loss is not None]
+        return dataclasses.replace(self, held_out=held_out, best_loss=min(losses, default=None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +135,10 @@ class LoopResult:
     """Trained on by all workers, in this call."""
     seconds: float
     """Spent on steps, without measurements on held-out cells and checkpoints."""
+    waited_s: float = 0.0
+    """Of these, spent waiting for batches."""
+    mfu: float | None = None
+    """Model FLOP utilisation; None when it was not asked for or no step was left to do."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -136,13 +155,20 @@ def train_loop(
     start: TrainState = TrainState(),
     on_rows: Callable[[list[Row]], None] = lambda rows: None,
     on_checkpoint: Callable[[TrainState], None] = lambda state: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    utilisation: Utilisation | None = None,
 ) -> LoopResult:
-    """Train from `start` to the end of the plan. Every worker calls it, and it calls back on every worker."""
+    """Train from `start` to the end of the plan, or until a worker's `should_stop` says so where measurements are due.
+
+    Every worker calls it, and it calls back on every worker. Raises TrainingError, with the step and its cells, when
+    the loss is no number.
+    """
     state = start
     if state.before is None:
-        state = dataclasses.replace(state, before=evaluate(engine, source, plan))
+        before = evaluate(engine, source, plan)
+        state = dataclasses.replace(state, before=before, best_loss=before.loss if before else None)
         on_rows(_held_out_rows(state.steps, state.before))
-    meter = _Meter(engine)
+    meter = Meter(engine, source, plan.training, utilisation)
     batches = prefetch(
         step_batches(
             source,
@@ -154,26 +180,57 @@ def train_loop(
             last=plan.total_steps,
         )
     )
+    stopped = False
     with contextlib.closing(batches):
         for batch in meter.waiting(batches):
             meter.add(batch, engine.step(batch))
-            state = dataclasses.replace(state, steps=batch.step)
+            state = dataclasses.replace(state, steps=batch.step, held_out=None)
             last = batch.step == plan.total_steps
-            checkpoint_due = batch.step % config.checkpoint_every == 0 and not last
+            due = _Due.at(batch.step, config)
             # Rows before a checkpoint: steps behind it are not done again, so what they measured must be out.
-            if last or checkpoint_due or batch.step % config.log_every == 0:
+            if last or due.anything:
                 on_rows(meter.rows())
-            if config.evaluate_every and batch.step % config.evaluate_every == 0 and not last:
+                stopped = not last and bool(engine.total(torch.tensor([float(should_stop())]))[0])
+            if last:
+                break
+            best_before = state.best_loss
+            if due.evaluation:
                 with meter.paused():
-                    on_rows(_held_out_rows(batch.step, evaluate(engine, source, plan)))
-            if checkpoint_due:
+                    state = state.measured(evaluate(engine, source, plan))
+                    on_rows(_held_out_rows(batch.step, state.held_out))
+            if due.checkpoint or stopped or state.best_loss != best_before:
                 with meter.paused():
                     on_checkpoint(state)
-    if not state.finished:
-        state = dataclasses.replace(state, after=evaluate(engine, source, plan), finished=True)
-        on_rows(_held_out_rows(state.steps, state.after))
+            if stopped:
+                break
+    if not stopped and not state.finished:
+        state = dataclasses.replace(state.measured(evaluate(engine, source, plan)), finished=True)
+        on_rows(_held_out_rows(state.steps, state.held_out))
         on_checkpoint(state)
-    return LoopResult(state=state, tokens=meter.all_tokens, seconds=meter.all_seconds)
+    return LoopResult(
+        state=state, tokens=meter.all_tokens, seconds=meter.all_seconds, waited_s=meter.all_waited, mfu=meter.mfu
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Due:
+    """What is due after a step."""
+
+    rows: bool
+    evaluation: bool
+    checkpoint: bool
+
+    @classmethod
+    def at(cls, step: int, config: PretrainConfig) -> _Due:
+        return cls(
+            rows=step % config.log_every == 0,
+            evaluation=bool(config.evaluate_every) and step % config.evaluate_every == 0,
+            checkpoint=step % config.checkpoint_every == 0,
+        )
+
+    @property
+    def anything(self) -> bool:
+        return self.rows or self.evaluation or self.checkpoint
 
 
 def evaluate(engine: Engine, source: CellSource, plan: RunPlan) -> HeldOut | None:
@@ -190,70 +247,6 @@ def _held_out_rows(step: int, measured: HeldOut | None) -> list[Row]:
     if measured is None:
         return []
     return [(step, {"held_out_loss": measured.loss, "held_out_accuracy": measured.masked_accuracy})]
-
-
-@dataclass
-class _Meter:
-    """Sums of the steps since the last rows; they stay on the device until then, so that no step waits for it."""
-
-    engine: Engine
-    all_tokens: int = 0
-    all_seconds: float = 0.0
-    _began: float = field(default_factory=time.perf_counter)
-    _waited: float = 0.0
-    _paused: float = 0.0
-    _batches: list[tuple[int, int, int]] = field(default_factory=list)
-    _sums: list[torch.Tensor] = field(default_factory=list)
-
-    def waiting(self, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
-        """The same batches, with the time spent waiting for them counted."""
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - began
-            if batch is None:
-                return
-            yield batch
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in this block is not training time."""
-        began = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - began
-
-    def add(self, batch: StepBatch, sums: torch.Tensor) -> None:
-        """Count one step."""
-        self._batches.append((batch.step, batch.epoch, batch.tokens))
-        self._sums.append(sums)
-
-    def rows(self) -> list[Row]:
-        """One row for each step since the last call; rates are of that whole stretch."""
-        totals = self.engine.total(torch.stack(self._sums))
-        seconds = time.perf_counter() - self._began - self._paused
-        tokens = sum(tokens for _, _, tokens in self._batches)
-        shared = {"tokens_per_s": tokens / seconds, "data_wait_share": min(1.0, self._waited / seconds)}
-        rows = [
-            (step, self._step_values(step, epoch, total))
-            for (step, epoch, _), total in zip(self._batches, totals, strict=True)
-        ]
-        rows[-1][1].update(shared)
-        norm = self.engine.gradient_norm()
-        if norm is not None:
-            rows[-1][1]["gradient_norm"] = norm
-        self.all_tokens, self.all_seconds = self.all_tokens + tokens, self.all_seconds + seconds
-        self._began, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
-        self._batches, self._sums = [], []
-        return rows
-
-    def _step_values(self, step: int, epoch: int, total: np.ndarray) -> dict[str, float]:
-        nll, correct, masked = (float(value) for value in total)
-        return {
-            "loss": nll / masked,
-            "masked_accuracy": correct / masked,
-            "learning_rate": self.engine.learning_rate(step),
-            "epoch": float(epoch),
-        }
 
 
 def curve(rows: Mapping[int, Mapping[str, float]], name: str) -> tuple[tuple[int, float], ...]:

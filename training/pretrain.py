@@ -1,14 +1,8 @@
 """Pretraining on Ray Train: a pinned corpus and a recipe become a registered bundle.
 
-The driver plans, starts the workers, follows their measurements and registers the result. Each worker opens the pinned
-corpus, builds the engine, goes on from the last checkpoint if there is one, and runs `train_loop`; the first writes the
-bundle. Everything of a run stands below `<storage>/<name>/`:
-
-    run.json          what this run is; another run of the same name is refused
-    checkpoints/      Ray Train's folder: step_NNNNNN/ with DeepSpeed's files and training.json
-    bundle/           the result
-
-A lost worker is replaced and the run goes on from the last checkpoint; after a lost driver the same command does that.
+The driver plans, starts the workers (`worker.py`), follows their measurements and registers the result; what stands
+below `<storage>/<name>/` is told in `run_files.py`. A lost worker is replaced and the run goes on from the last
+checkpoint, on any number of workers; after a lost driver the same command, or `--resume`, does that.
 """
 
 from __future__ import annotations
@@ -17,44 +11,52 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.address import parse
-from genescale.platform.bundle import Bundle, open_bundle, write_bundle
-from genescale.platform.errors import AlreadyExistsError, ClusterError, GenescaleError, SettingsError
+from genescale.platform.bundle import Bundle, open_bundle
+from genescale.platform.errors import ClusterError, GenescaleError, TrackingError
+from genescale.platform.journal import Journal, Unsent
 from genescale.platform.log import get_logger
+from genescale.platform.patience import PATIENT, Patience, patiently
 from genescale.platform.progress import SILENT, Progress
 from genescale.platform.runs import ModelVersion, Run, Tracker
 from genescale.platform.settings import Settings
 from genescale.platform.storage import Store, is_remote, join
-from genescale.training.batches import CorpusCells, check_workers
-from genescale.training.engine import DeepSpeedEngine
+from genescale.training.batches import check_workers
+from genescale.training.cells import CorpusCells
 from genescale.training.feed import following
-from genescale.training.lineage import code_version
-from genescale.training.loop import HeldOut, Row, RunPlan, TrainState, curve, train_loop
-from genescale.training.model import new_model
+from genescale.training.lineage import code_version, environment
+from genescale.training.loop import HeldOut, Row, RunPlan, curve
+from genescale.training.model_card import pretraining_card
 from genescale.training.recipe import PretrainConfig
+from genescale.training.run_files import BUNDLE, CARD, FINISHED_FILE, RAY, Identity, RunFolder
+from genescale.training.worker import Job, work
 
-BUNDLE_KIND = "masked_gene_model"
-CHECKPOINTS, BUNDLE, RUN_FILE = "checkpoints", "bundle", "run.json"
 # A rank whose peer died waits this long in a collective; a slow read or a long evaluation must take less.
 COLLECTIVE_TIMEOUT_S = 300
+Result = TypeVar("Result")
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainResult:
-    """A finished run and the model it registered."""
+    """A run that is finished and registered, or that stopped in time to go on later."""
 
     name: str
     run_id: str
+    home: str
+    """Address of the run's folder."""
     bundle_uri: str
     bundle_digest: str
-    model_version: ModelVersion
+    """Empty while the run is not finished."""
+    model_version: ModelVersion | None
+    """None while the run is not finished."""
     steps: int
     losses: tuple[tuple[int, float], ...]
     """(step, masked-gene loss) of the steps done by this call."""
@@ -62,20 +64,17 @@ class PretrainResult:
     held_out_after: HeldOut | None
     tokens_per_s: float
     """Real tokens per second of all workers; 0 when the run was finished before."""
+    data_wait_share: float
+    """Share of the training time spent waiting for batches."""
+    mfu: float | None
+    """Model FLOP utilisation; None when no step was done."""
     resumed_from: int
     """Steps that an earlier call had done."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What a worker needs; travels through Ray."""
-
-    config: PretrainConfig
-    corpus: Corpus
-    store: Store
-    workers: int
-    bundle_uri: str
-    lineage: Mapping[str, Any]
+    finished: bool = True
+    remarks: tuple[str, ...] = ()
+    """What a person should know, such as a damaged checkpoint that was passed over."""
+    unsent: Unsent | None = None
+    """Measurements that the tracker never took; None when it has them all."""
 
 
 def pretrain(
@@ -90,155 +89,109 @@ def pretrain(
     cpus_per_worker: int = 1,
     progress: Progress = SILENT,
     run_name: str = "",
+    max_hours: float = 0.0,
+    patience: Patience = PATIENT,
 ) -> PretrainResult:
     """Train an encoder on the corpus and register it. Ray must be running.
 
-    The same call again goes on where the last one stopped, or registers its finished bundle once more. Raises
-    SettingsError when the name belongs to another run or workers and lanes do not fit, ClusterError when workers cannot
-    be placed or are lost too often.
+    The same call again goes on where the last one stopped, on any number of workers; a run that is finished is not
+    registered twice. After `max_hours` (0 means no limit) the run writes a checkpoint and stops unfinished. `patience`
+    is for storage and tracker that are away for a while. Raises SettingsError when the name belongs to another run or
+    workers and lanes do not fit, ClusterError when workers cannot be placed or are lost too often, IntegrityError when
+    no checkpoint is whole, TrainingError when the loss is no number.
     """
     check_workers(config.lanes, workers)
-    plan = RunPlan.of(config, CorpusCells(corpus))
-    name = run_name or _default_name(config, corpus)
-    # Absolute: workers have another working folder.
-    home = join(parse(storage_uri).uri, name)
+    cells = CorpusCells(corpus, patience=patience)
+    plan = RunPlan.of(config, cells)
+    folder = RunFolder(store, join(parse(storage_uri).uri, run_name or default_name(config, corpus)), patience=patience)
     _check_room(settings, workers, cpus_per_worker)
-    _claim(store, home, _identity(config, corpus, workers))
-    with tracker.run(name, params=_parameters(config, corpus, workers), tags={"stage": "pretrain"}) as run:
-        job = _Job(
+    folder.claim(Identity.of(config, corpus))
+    before, code = folder.launch(), code_version()
+    tags = {"stage": "pretrain", "workers": workers, **{f"environment.{k}": v for k, v in environment().items()}}
+    params = {**_parameters(config, corpus), **plan.to_dict()}
+    with tracker.run(folder.name, params=params, tags={**tags, **code}, resume=str(before.get("run_id", ""))) as run:
+        folder.launched({"run_id": run.id, "workers": workers})
+        job = Job(
             config=config,
             corpus=corpus,
             store=store,
             workers=workers,
-            bundle_uri=join(home, BUNDLE),
-            lineage=_lineage(config, corpus, run),
+            home=folder.uri,
+            lineage={**code, **_lineage(config, corpus), "run_id": run.id},
+            deadline=time.time() + 3600 * max_hours if max_hours else None,
+            patience=patience,
         )
-        log.info("pretraining %s: %d steps, %d cells", name, plan.total_steps, len(plan.training.cells))
+        log.info("pretraining %s: %d steps, %d cells", folder.name, plan.total_steps, len(plan.training.cells))
         progress.start(plan.total_steps, "steps")
-        rows = _Rows(run, progress)
-        with following(rows.take) as board:
-            outcome = _fit(job, board, home, cpus_per_worker)
-        version, digest = _register(job, run, tracker, store)
-    return PretrainResult(
-        name=name,
-        run_id=run.id,
-        bundle_uri=job.bundle_uri,
-        bundle_digest=digest,
-        model_version=version,
-        losses=curve(rows.by_step, "loss"),
-        **outcome,
-    )
+        rows = _Rows(run, progress, _journal_path(settings, run))
+        outcome = folder.finished()
+        if not outcome:
+            outcome = _train(job, rows, cpus_per_worker)
+        unsent = rows.close(patience)
+        version, digest = None, ""
+        if outcome["finished"]:
+            folder.write(FINISHED_FILE, json.dumps(outcome).encode())
+            card = pretraining_card(config, corpus, outcome, plan=plan.to_dict(), organisms=cells.organisms, code=code)
+            folder.write(CARD, card.encode())
+            version, digest = _outlast(lambda: _register(job, run, tracker, card), patience)
+    return _result(folder, run, outcome, rows, version=version, digest=digest, unsent=unsent)
 
 
-# --- the worker ------------------------------------------------------------------------------------------------------
+def default_name(config: PretrainConfig, corpus: Corpus) -> str:
+    """The same name for the same run, so that the same command goes on with it."""
+    text = json.dumps([config.digest, corpus.uri, corpus.version, corpus.vocabulary.digest])
+    return f"{config.model_name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
-def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What every Ray Train worker runs; the first one's return value is the outcome of the run."""
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _train(job: Job, rows: _Rows, cpus_per_worker: int) -> dict[str, Any]:
+    """Run the workers to the end, or to the deadline; what the first of them measured, as plain values."""
+    try:
+        with following(rows.take, rows.remark) as board:
+            outcome = _fit(job, board, cpus_per_worker)
+    except BaseException:
+        rows.close(Patience(total_s=min(10.0, job.patience.total_s)))
+        raise
+    if "failed" in outcome:
+        rows.close(job.patience)
+        raise outcome["failed"]
+    measured = {name: outcome[name] for name in ("held_out_before", "held_out_after")}
+    return {**outcome, **{name: value and dataclasses.asdict(value) for name, value in measured.items()}}
+
+
+def _fit(job: Job, board: Any, cpus_per_worker: int) -> dict[str, Any]:
     import ray
-    import ray.train
-
-    job: _Job = arguments["job"]
-    source = CorpusCells(job.corpus)
-    plan = RunPlan.of(job.config, source)
-    encoder = job.config.encoder.for_vocabulary(source.vocabulary)
-    engine = DeepSpeedEngine(
-        new_model(encoder, seed=job.config.seed, attention=job.config.attention),
-        job.config.optimizer,
-        total_steps=plan.total_steps,
-        lanes=job.config.lanes,
-    )
-    start = TrainState()
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            start = TrainState.read(Path(folder))
-            engine.resume(Path(folder))
-
-    def on_rows(rows: list[Row]) -> None:
-        if engine.rank == 0:
-            ray.get(arguments["board"].add.remote(rows))
-
-    # Says how far an earlier attempt came, so that progress is counted from there.
-    on_rows([(start.steps, {})])
-
-    def on_checkpoint(state: TrainState) -> None:
-        with tempfile.TemporaryDirectory(prefix="genescale-") as folder:
-            engine.save(Path(folder))
-            if engine.rank == 0:
-                state.write(Path(folder))
-            ray.train.report(
-                {"steps": state.steps},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step_{state.steps:06d}{'_final' if state.finished else ''}",
-            )
-
-    result = train_loop(engine, source, plan, job.config, start=start, on_rows=on_rows, on_checkpoint=on_checkpoint)
-    weights = engine.weights()
-    if engine.rank == 0:
-        _write_bundle(job, encoder.to_hf(), weights, result.state)
-    return {
-        "steps": result.state.steps,
-        "held_out_before": result.state.before,
-        "held_out_after": result.state.after,
-        "tokens_per_s": result.tokens_per_s,
-        "resumed_from": start.steps,
-    }
-
-
-def _write_bundle(job: _Job, config: dict[str, Any], weights: Mapping[str, Any], state: TrainState) -> None:
-    measured = {"steps": state.steps, "held_out": dataclasses.asdict(state.after) if state.after else None}
-    with tempfile.TemporaryDirectory(prefix="genescale-") as temporary:
-        folder = Path(temporary) / BUNDLE
-        write_bundle(
-            folder,
-            kind=BUNDLE_KIND,
-            config=config,
-            weights=weights,
-            vocabulary=job.corpus.vocabulary,
-            lineage={**job.lineage, **measured},
-        )
-        # What an earlier attempt left there may have another lineage.
-        job.store.delete_folder(job.bundle_uri)
-        job.store.upload_folder(folder, job.bundle_uri)
-
-
-# --- the driver ------------------------------------------------------------------------------------------------------
-
-
-def _fit(job: _Job, board: Any, home: str, cpus_per_worker: int) -> dict[str, Any]:
-    """Run the workers to the end; the outcome that the first of them returned."""
-    import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    filesystem, path = job.store.arrow_filesystem(home)
+    filesystem, path = job.store.arrow_filesystem(job.home)
     use_gpu = ray.cluster_resources().get("GPU", 0) >= job.workers
     trainer = TorchTrainer(
-        _worker,
+        work,
         train_loop_config={"job": job, "board": board},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=job.workers, use_gpu=use_gpu, resources_per_worker=_resources(cpus_per_worker, use_gpu)
         ),
         run_config=RunConfig(
-            name=CHECKPOINTS,
+            name=RAY,
             storage_path=path,
             storage_filesystem=filesystem,
             # Bounded on both sides: Ray's default is to start a failing controller again without end.
             failure_config=FailureConfig(
                 max_failures=job.config.max_failures, controller_failure_limit=job.config.max_failures
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.config.keep),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
         return dict(trainer.fit().return_value)
     except TrainingFailedError as error:
-        raise _cause(error, home) from error
+        raise _cause(error, job.home) from error
 
 
 def _cause(error: Any, home: str) -> GenescaleError:
@@ -250,77 +203,123 @@ def _cause(error: Any, home: str) -> GenescaleError:
     return ClusterError(
         f"training failed: {error}",
         where=home,
-        fix="The same command goes on from the last checkpoint once the cause is gone.",
+        fix=f"Once the cause is gone, `genescale pretrain --resume {home}` goes on from the last checkpoint.",
     )
 
 
-def _register(job: _Job, run: Run, tracker: Tracker, store: Store) -> tuple[ModelVersion, str]:
-    """Log the bundle as an artefact of the run and add it to the registered model."""
-    with tempfile.TemporaryDirectory(prefix="genescale-") as temporary:
-        folder = Path(job.bundle_uri)
-        if is_remote(job.bundle_uri):
-            folder = store.download_folder(job.bundle_uri, Path(temporary) / BUNDLE)
-        bundle: Bundle = open_bundle(folder)
-        run.log_folder(folder, BUNDLE)
-        aliases = (job.config.alias,) if job.config.alias else ()
-        tags = {"kind": bundle.kind, "vocabulary": job.corpus.vocabulary.digest}
-        return tracker.register(run, BUNDLE, job.config.model_name, aliases=aliases, tags=tags), bundle.digest
+# --- tracking --------------------------------------------------------------------------------------------------------
 
 
 class _Rows:
     """Measurements as they arrive at the driver: kept by step, logged once, drawn as progress."""
 
-    def __init__(self, run: Run, progress: Progress) -> None:
+    def __init__(self, run: Run, progress: Progress, journal_path: Path) -> None:
         self.by_step: dict[int, dict[str, float]] = {}
+        self.remarks: list[str] = []
+        self._known = run.newest_steps()
         self._run, self._progress, self._drawn = run, progress, 0
+        self._journal = Journal(run, journal_path, known=self._known)
 
     def take(self, rows: list[Row]) -> None:
-        """Take rows; steps that a restarted worker did again have the same values and are not logged twice."""
+        """Take rows; what a restarted worker or an earlier driver measured before is not logged twice."""
         new = []
         for step, values in rows:
             known = self.by_step.setdefault(step, {})
-            fresh = {name: value for name, value in values.items() if name not in known}
+            fresh = {
+                name: value for name, value in values.items() if name not in known and step > self._known.get(name, -1)
+            }
             known.update(values)
             if fresh:
                 new.append((step, fresh))
         if new:
-            self._run.log_metric_rows(new)
+            self._journal.log_metric_rows(new)
         newest = max((step for step, _ in rows), default=0)
         if newest > self._drawn:
             losses = curve(self.by_step, "loss")
             self._progress.advance(newest - self._drawn, f"loss {losses[-1][1]:.3f}" if losses else "")
             self._drawn = newest
 
+    def remark(self, text: str) -> None:
+        """Take a sentence for the person who started the run."""
+        log.warning("%s", text)
+        self.remarks.append(text)
 
-def _claim(store: Store, home: str, identity: dict[str, Any]) -> None:
-    """Take the run's folder, or make sure that it is this run's; SettingsError when it is another's."""
-    data = json.dumps(identity, indent=1, sort_keys=True).encode()
-    try:
-        store.write(join(home, RUN_FILE), data, if_absent=True)
-        return
-    except AlreadyExistsError:
-        stored = json.loads(store.read(join(home, RUN_FILE)))
-    different = sorted(key for key in identity | stored if identity.get(key) != stored.get(key))
-    # At stage 0 every worker holds everything, so a checkpoint does not depend on their number.
-    if different == ["workers"] and identity["optimizer.zero_stage"] == 0:
-        return
-    if different:
-        changes = ", ".join(f"{key} {stored.get(key)!r} -> {identity.get(key)!r}" for key in different[:5])
-        fix = "Give the same options to go on with it, or another --name to start a new one."
-        if different == ["workers"]:
-            fix = "At ZeRO stages 1 to 3 checkpoints belong to a number of workers: use that one, or another --name."
-        raise SettingsError(f"this run was started differently ({changes}).", where=home, fix=fix)
+    def close(self, patience: Patience) -> Unsent | None:
+        """Wait for the tracker to have everything; what it does not have is kept in a file, and told."""
+        unsent = self._journal.close(timeout_s=patience.total_s)
+        if unsent is not None:
+            self.remark(
+                f"{unsent.rows} rows of measurements could not be sent and are kept in {unsent.path}"
+                f" ({unsent.dropped} older ones were given up); the same command sends them."
+            )
+        return unsent
 
 
-def _identity(config: PretrainConfig, corpus: Corpus, workers: int) -> dict[str, Any]:
-    described = {"corpus_uri": corpus.uri, "corpus_version": corpus.version, "vocabulary": corpus.vocabulary.digest}
-    return {**config.flat(), **described, "workers": workers}
+def _journal_path(settings: Settings, run: Run) -> Path:
+    folder = settings.tracking.journal_folder or str(Path(tempfile.gettempdir()) / "genescale-metrics")
+    return Path(folder).absolute() / f"{run.id}.jsonl"
 
 
-def _default_name(config: PretrainConfig, corpus: Corpus) -> str:
-    """The same name for the same run, so that the same command goes on with it."""
-    text = json.dumps([config.digest, corpus.uri, corpus.version, corpus.vocabulary.digest])
-    return f"{config.model_name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+def _register(job: Job, run: Run, tracker: Tracker, card: str) -> tuple[ModelVersion, str]:
+    """Log the bundle and its card as artefacts of the run, and add the bundle to the registered model."""
+    bundle_uri = join(job.home, BUNDLE)
+    with tempfile.TemporaryDirectory(prefix="genescale-") as temporary:
+        folder = Path(bundle_uri)
+        if is_remote(bundle_uri):
+            folder = job.store.download_folder(bundle_uri, Path(temporary) / BUNDLE)
+        bundle: Bundle = open_bundle(folder)
+        run.log_folder(folder, BUNDLE)
+        run.log_text(card, CARD)
+        aliases = (job.config.alias,) if job.config.alias else ()
+        tags = {"kind": bundle.kind, "vocabulary": job.corpus.vocabulary.digest, "corpus_version": job.corpus.version}
+        name = job.config.model_name
+        return tracker.register(run, BUNDLE, name, aliases=aliases, tags=tags, description=card), bundle.digest
+
+
+def _outlast(operation: Callable[[], Result], patience: Patience) -> Result:
+    """The result of `operation`, tried again while the tracker is away."""
+    for pause_s in patience.pauses_s():
+        try:
+            return patiently(operation, patience=patience, what="registering the model")
+        except TrackingError as error:
+            log.warning("the tracker is away and is asked again in %.0f s: %s", pause_s, error)
+            time.sleep(pause_s)
+    return operation()
+
+
+def _result(
+    folder: RunFolder,
+    run: Run,
+    outcome: Mapping[str, Any],
+    rows: _Rows,
+    *,
+    version: ModelVersion | None,
+    digest: str,
+    unsent: Unsent | None,
+) -> PretrainResult:
+    done_before = not rows.by_step
+    measured = {name: outcome[name] and HeldOut(**outcome[name]) for name in ("held_out_before", "held_out_after")}
+    return PretrainResult(
+        name=folder.name,
+        run_id=run.id,
+        home=folder.uri,
+        bundle_uri=folder.place(BUNDLE),
+        bundle_digest=digest,
+        model_version=version,
+        steps=outcome["steps"],
+        losses=curve(rows.by_step, "loss"),
+        tokens_per_s=0.0 if done_before else outcome["tokens_per_s"],
+        data_wait_share=outcome["data_wait_share"],
+        mfu=outcome["mfu"],
+        resumed_from=outcome["steps"] if done_before else outcome["resumed_from"],
+        finished=outcome["finished"],
+        remarks=tuple(rows.remarks),
+        unsent=unsent,
+        **measured,
+    )
+
+
+# --- what a run is ---------------------------------------------------------------------------------------------------
 
 
 def _check_room(settings: Settings, workers: int, cpus_per_worker: int) -> None:
@@ -340,17 +339,16 @@ def _resources(cpus_per_worker: int, use_gpu: bool) -> dict[str, float]:
     return {"CPU": cpus_per_worker, "GPU": 1} if use_gpu else {"CPU": cpus_per_worker}
 
 
-def _parameters(config: PretrainConfig, corpus: Corpus, workers: int) -> dict[str, Any]:
-    return {**_identity(config, corpus, workers), "cells": corpus.n_cells}
+def _parameters(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:
+    # What may differ when a run is gone on with is no parameter: trackers refuse another value.
+    return {**Identity.of(config, corpus).fixed(), "recipe_digest": config.digest, "cells": corpus.n_cells}
 
 
-def _lineage(config: PretrainConfig, corpus: Corpus, run: Run) -> dict[str, Any]:
+def _lineage(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:
     return {
-        **code_version(),
         "stage": "pretrain",
         "corpus_uri": corpus.uri,
         "corpus_version": corpus.version,
         "vocabulary_digest": corpus.vocabulary.digest,
         "recipe": config.to_dict(),
-        "run_id": run.id,
     }

@@ -79,7 +79,7 @@ class PretrainConfig:
     """Steps between measurements on the held-out cells; 0 measures before and after training only."""
     checkpoint_every: int = 500
     keep: int = 2
-    """Checkpoints that stay in storage."""
+    """Newest checkpoints that stay in storage; the one with the lowest held-out loss stays as well."""
     log_every: int = 10
     attention: str = "auto"
     model_name: str = "masked-gene-model"
@@ -107,7 +107,7 @@ class PretrainConfig:
 
     def flat(self) -> dict[str, Any]:
         """The same with keys such as `encoder.width`, for tracking."""
-        return dict(_flatten(self.to_dict()))
+        return flatten(self.to_dict())
 
     @property
     def digest(self) -> str:
@@ -125,13 +125,21 @@ def read_recipe(name_or_path: str, changes: Sequence[str] = ()) -> PretrainConfi
 
     Raises SettingsError for a recipe that is not there, an unknown key or a value out of range.
     """
-    values = _recipe_values(name_or_path)
+    return _build(_recipe_values(name_or_path), changes, where=name_or_path)
+
+
+def changed_recipe(recipe: PretrainConfig, changes: Sequence[str]) -> PretrainConfig:
+    """A recipe with changes such as `encoder.width=128`; SettingsError for an unknown key or a value out of range."""
+    return _build(recipe.to_dict(), changes, where="--set")
+
+
+def _build(values: dict[str, Any], changes: Sequence[str], *, where: str) -> PretrainConfig:
     for change in changes:
         key, separator, text = change.partition("=")
         if not separator:
             raise SettingsError(f"'{change}' is not a change.", where="--set", fix="Write KEY=VALUE.")
         values = _changed(values, key.strip().split("."), text.strip())
-    return build(PretrainConfig, values, where=name_or_path)
+    return build(PretrainConfig, values, where=where)
 
 
 def _recipe_values(name_or_path: str) -> dict[str, Any]:
@@ -153,8 +161,9 @@ def _changed(values: Mapping[str, Any], path: Sequence[str], text: str) -> dict[
     return {**values, name: _changed(section, rest, text)}
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with keys such as `encoder.width`."""
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        pairs += _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
-    return pairs
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

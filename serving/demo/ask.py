@@ -87,7 +87,9 @@ def asked_cell(demo: Demo) -> tuple[int, dict[str, Any]]:
 
 def raw_cell(demo: Demo, position: int) -> dict[str, Any]:
     """One cell as an application would send it: its id and the raw count of every gene its atlas file has for it."""
-    from genescale.ingestion.h5ad import open_atlas
+    from genescale.ingestion.counts import checked
+    from genescale.ingestion.gene_columns import candidates
+    from genescale.ingestion.opening import open_atlas
 
     corpus = corpus_of(demo)
     row = corpus.cells(["cell_id", "dataset_id", "source_row"]).slice(position, 1).to_pylist()[0]
@@ -95,8 +97,8 @@ def raw_cell(demo: Demo, position: int) -> dict[str, Any]:
     start = int(row["source_row"])
     counts: dict[str, int] = {}
     with open_atlas(source["uri"], demo.store, counts_slot=source["counts_slot"]) as atlas:
-        block = atlas.read_rows(start, start + 1)
-        genes = atlas.gene_columns()[source["gene_column"]]
+        block = checked(atlas, start, start + 1)
+        genes = candidates(atlas.var, source["gene_column"])[source["gene_column"]]
     for index, count in zip(block.indices.tolist(), block.counts.tolist(), strict=True):
         counts[genes[index]] = counts.get(genes[index], 0) + int(count)
     return {"id": row["cell_id"], "counts": counts}

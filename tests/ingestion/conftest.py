@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import sparse
 
+from genescale.ingestion.atlas import Atlas, Slot
+from genescale.ingestion.corpus import Corpus, NewPart, Source, dataset_folder
+from genescale.ingestion.formats.memory_frame import MemoryFrame
+from genescale.ingestion.part_files import write_rows
+from genescale.ingestion.schema import part_schema, rows_table
+from genescale.platform.storage import Entry, Store
 from genescale.platform.vocabulary import Vocabulary
 
 N_GENES = 60
@@ -74,3 +82,110 @@ def write_atlas(tmp_path: Path) -> AtlasWriter:
         return path
 
     return write
+
+
+class Planted:
+    """Made-up cells in real corpora: parts that are named by their content, and what readers should find."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    def cells(self, n_cells: int, seed: int) -> list[np.ndarray]:
+        """Token arrays of 1 to 29 genes."""
+        rng, genes = np.random.default_rng(seed), self.vocabulary.token_ids
+        return [
+            rng.permutation(genes)[: rng.integers(1, 30)].astype(self.vocabulary.token_dtype) for _ in range(n_cells)
+        ]
+
+    def rows(self, cells: Sequence[np.ndarray], name: str, start: int = 0) -> pa.Table:
+        """Rows of a part whose first cell is source row `start`; one label, `stim`, on every second cell."""
+        lengths = np.array([cell.size for cell in cells], dtype=np.int32)
+        columns = {
+            "cell_id": [f"{name}-{start + i}" for i in range(len(cells))],
+            "source_row": np.arange(start, start + len(cells)),
+            "input_ids": [cell.tolist() for cell in cells],
+            "length": lengths,
+            "total_counts": lengths * 2.0,
+            "n_genes": lengths,
+            "cell_type": [name] * len(cells),
+            "labels": [{"stim": f"dose {i}"} if i % 2 else None for i in range(len(cells))],
+        }
+        return rows_table(columns, part_schema(self.vocabulary.token_dtype))
+
+    def parts(self, corpus: Corpus, name: str, parts: Sequence[Sequence[np.ndarray]]) -> list[NewPart]:
+        """Part files in the corpus's folder, not committed."""
+        made, start = [], 0
+        for cells in parts:
+            table = self.rows(cells, name, start)
+            made.append(write_rows(table, start, dataset_folder(name), corpus_uri=corpus.uri, store=corpus.store))
+            start += len(cells)
+        return made
+
+    def source(self, name: str, **changes: Any) -> Source:
+        """The source of a dataset."""
+        facts = {"uri": f"/atlas/{name}.h5ad", "size_bytes": 1, "etag": "1", "recipe": {}}
+        return Source(**{**facts, "vocabulary_digest": self.vocabulary.digest, **changes})
+
+    def add(self, corpus: Corpus, name: str, parts: Sequence[Sequence[np.ndarray]], **options: Any) -> Corpus:
+        """The corpus with one more dataset; options: etag, recipe, files, replace."""
+        source = self.source(name, **{key: options.pop(key) for key in ("etag", "recipe", "uri") if key in options})
+        details = {"kept": sum(map(len, parts)), "counts_slot": "X"}
+        return corpus.commit_source(source, name, self.parts(corpus, name, parts), details, **options)
+
+    def content(self, corpus: Corpus) -> list[tuple[str, int, tuple[int, ...]]]:
+        """Dataset, source row and tokens of every cell, sorted: equal for corpora that hold the same cells."""
+        table = corpus.cells(["dataset_id", "source_row"])
+        tokens = corpus.tokens(range(corpus.n_cells))
+        pairs = zip(table["dataset_id"].to_pylist(), table["source_row"].to_pylist(), strict=True)
+        return sorted((*pair, tuple(cell.tolist())) for pair, cell in zip(pairs, tokens, strict=True))
+
+
+@pytest.fixture(scope="session")
+def planted(vocabulary: Vocabulary) -> Planted:
+    return Planted(vocabulary)
+
+
+@pytest.fixture
+def empty(tmp_path: Path, vocabulary: Vocabulary, local_store: Store) -> Corpus:
+    """A corpus without a dataset."""
+    return Corpus.create(str(tmp_path / "corpus"), vocabulary, local_store)
+
+
+@pytest.fixture(params=["local", "s3"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path, vocabulary: Vocabulary) -> Corpus:
+    """A corpus without a dataset: on disk, and in object storage."""
+    if request.param == "local":
+        return Corpus.create(str(tmp_path / "corpus"), vocabulary, request.getfixturevalue("local_store"))
+    store, bucket = request.getfixturevalue("s3_store")
+    return Corpus.create(f"{bucket}/corpus", vocabulary, store)
+
+
+@pytest.fixture(scope="session")
+def table_atlas() -> Callable[..., Atlas]:
+    """Make an atlas of tables in memory: `table_atlas(genes, var=…, obs=…, cells=4, texts=…)`; it has no counts."""
+
+    def make(
+        genes: Sequence[str] = GENE_IDS,
+        *,
+        var: Mapping[str, Any] | None = None,
+        obs: Mapping[str, Any] | None = None,
+        cells: int = 4,
+        texts: Mapping[str, str] | None = None,
+        uri: str = "lung.h5ad",
+    ) -> Atlas:
+        shape = SimpleNamespace(n_cells=cells, n_genes=len(genes), where=f"{uri}: X")
+        return Atlas(
+            entry=Entry(uri, 1, "tag"),
+            kind="h5ad",
+            slot=Slot(name="X", matrix=shape),  # type: ignore[arg-type]
+            obs=_frame("obs", [f"cell{i}" for i in range(cells)], obs, uri),
+            var=_frame("var", list(genes), var, uri),
+            texts=texts,
+        )
+
+    return make
+
+
+def _frame(path: str, index: list[str], columns: Mapping[str, Any] | None, uri: str) -> MemoryFrame:
+    arrays = {name: v if isinstance(v, pa.Array) else pa.array(v) for name, v in (columns or {}).items()}
+    return MemoryFrame(path, pa.array(index, pa.string()), arrays, rows=len(index), uri=uri)

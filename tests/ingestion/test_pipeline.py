@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
@@ -166,26 +168,25 @@ def test_one_bad_file_does_not_stop_the_others(
 ) -> None:
     folder = tmp_path / "atlas"
     write_atlas("good.h5ad", counts_of(30), folder=folder)
-    write_atlas("dense.h5ad", counts_of(5).toarray(), folder=folder)
     write_atlas("mouse.h5ad", counts_of(5), genes=[f"ENSMUSG{i:011d}" for i in range(60)], folder=folder)
     write_atlas("calls.h5ad", (counts_of(20) > 0).astype(np.float32), folder=folder)
     write_atlas("few.h5ad", counts_of(5)[:, :4], genes=vocabulary.gene_ids[:4], folder=folder)
     late = counts_of(9_000)
-    late.data[-1] = 0.25  # beyond the first look, so that a unit fails and not the inspection
+    late.data[-1] = 0.25  # a slot that is named is not looked at first, so that a unit fails and not the inspection
     write_atlas("late.h5ad", late, folder=folder)
     (folder / "empty.h5ad").write_bytes(b"")
     (folder / "readme.txt").write_text("not an atlas")
-    config = IngestConfig(unit_nonzeros=60_000)
+    config = IngestConfig(unit_nonzeros=60_000, counts_slot="X")
     report = ingest([str(folder)], str(tmp_path / "corpus"), vocabulary=vocabulary, store=local_store, config=config)
     assert not report.ok
     refused = {s.dataset_id: (s.failure.code, s.failure.message) for s in report.of("refused") if s.failure}
     codes = {name: code for name, (code, _) in refused.items()}
-    assert codes == dict.fromkeys(("dense", "empty", "few", "mouse"), "atlas") | {
+    assert codes == dict.fromkeys(("empty", "few", "mouse"), "atlas") | {
         "calls": "not_counts",
         "late": "not_counts",
     }
     assert "0.25 (cell 8,999" in refused["late"][1]
-    assert "no cell is left of 5 (below_min_genes: 5)" in refused["few"][1]
+    assert "only 4 of 60 vocabulary genes are present" in refused["few"][1]
     assert "detection calls" in refused["calls"][1]
     for name, (_, message) in refused.items():
         assert f"{name}.h5ad" in message
@@ -199,15 +200,15 @@ def test_one_bad_file_does_not_stop_the_others(
 def test_a_run_that_brings_nothing_leaves_no_corpus(
     tmp_path: Path, write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store
 ) -> None:
-    path = write_atlas("dense.h5ad", counts_of(5).toarray())
+    path = write_atlas("mouse.h5ad", counts_of(5), genes=[f"ENSMUSG{i:011d}" for i in range(60)])
     report = ingest([str(path)], str(tmp_path / "corpus"), vocabulary=vocabulary, store=local_store)
     assert (report.ok, report.version) == (False, None)
     assert not (tmp_path / "corpus").exists()
-    with pytest.raises(AtlasError, match=r"no \.h5ad file is there"):
+    with pytest.raises(AtlasError, match=r"no atlas is there"):
         ingest([str(tmp_path / "none")], str(tmp_path / "corpus"), vocabulary=vocabulary, store=local_store)
 
 
-def test_a_changed_file_is_not_added_beside_its_old_self(
+def test_a_changed_file_becomes_a_new_version_of_its_dataset(
     tmp_path: Path, write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store
 ) -> None:
     path, uri = write_atlas("one.h5ad", counts_of(20)), str(tmp_path / "corpus")
@@ -215,16 +216,105 @@ def test_a_changed_file_is_not_added_beside_its_old_self(
     write_atlas("one.h5ad", counts_of(25, seed=9))
     report = ingest([str(path)], uri, vocabulary=vocabulary, store=local_store)
     (source,) = report.sources
+    assert (source.status, source.replaced, source.version, report.kept) == ("ingested", True, 2, 25)
+    newest, old = Corpus.open(uri, local_store), Corpus.open(f"{uri}@1", local_store)
+    assert (newest.n_cells, old.n_cells) == (25, 20)
+    assert [d.dataset_id for d in newest.datasets()] == ["one"]
+    assert len(old.tokens(range(20))) == 20, "the old cells can still be read"
+    again = ingest([str(path)], uri, vocabulary=vocabulary, store=local_store)
+    assert [s.status for s in again.sources] == ["already_committed"]
+
+
+def test_other_options_for_the_same_file_are_taken_only_when_asked_for(
+    tmp_path: Path, write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store
+) -> None:
+    path, uri = write_atlas("one.h5ad", counts_of(20)), str(tmp_path / "corpus")
+    ingest([str(path)], uri, vocabulary=vocabulary, store=local_store)
+    other = IngestConfig(min_genes=25)
+    (refused,) = ingest([str(path)], uri, vocabulary=vocabulary, store=local_store, config=other).sources
+    assert refused.failure is not None
+    assert refused.failure.code == "corpus"
+    assert "--replace" in refused.failure.message
+    assert Corpus.open(uri, local_store).version == 1
+    asked = IngestConfig(min_genes=25, replace=True)
+    (source,) = ingest([str(path)], uri, vocabulary=vocabulary, store=local_store, config=asked).sources
+    assert (source.status, source.replaced) == ("ingested", True)
+    assert set(source.tally.dropped) == {"below_min_genes"}
+    assert Corpus.open(uri, local_store).n_cells == source.tally.kept < 20
+
+
+def test_each_source_of_a_list_has_its_own_options(
+    tmp_path: Path, write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store
+) -> None:
+    labels = ["ctrl", "stim"] * 10
+    write_atlas("one.h5ad", counts_of(20), obs={"condition": labels, "CellType": ["B"] * 20})
+    write_atlas("two.h5ad", counts_of(20, seed=4), layers={"umi": counts_of(20, seed=5)})
+    (tmp_path / "list.toml").write_text(
+        """
+        [[source]]
+        uri = "one.h5ad"
+        dataset_id = "kang"
+        obs = {cell_type = "CellType"}
+        keep_obs = ["condition"]
+        where = "condition = 'stim'"
+        [[source]]
+        uri = "two.h5ad"
+        counts_slot = "layers/umi"
+        """
+    )
+    uri = str(tmp_path / "corpus")
+    report = ingest([str(tmp_path / "list.toml")], uri, vocabulary=vocabulary, store=local_store)
+    assert report.ok, [s.failure for s in report.sources]
+    assert [(s.dataset_id, s.counts_slot, s.tally.dropped) for s in report.sources] == [
+        ("kang", "X", {"where": 10}),
+        ("two", "layers/umi", {}),
+    ]
+    corpus = Corpus.open(uri, local_store)
+    rows = corpus.cells(["dataset_id", "cell_type", "labels.condition", "total_counts"]).to_pylist()
+    assert {(r["cell_type"], r["labels.condition"]) for r in rows if r["dataset_id"] == "kang"} == {("B", "stim")}
+    totals = [r["total_counts"] for r in rows if r["dataset_id"] == "two"]
+    assert totals == counts_of(20, seed=5).sum(axis=1).A1.tolist()
+
+
+def test_equal_cells_of_two_sources_are_reported_or_left_out(
+    tmp_path: Path, write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store
+) -> None:
+    shared, own = counts_of(20), counts_of(10, seed=8)
+    first = write_atlas("a.h5ad", shared)
+    second = write_atlas("b.h5ad", sparse.vstack([shared[5:15], own]).tocsr())
+    plain, lean = str(tmp_path / "plain"), str(tmp_path / "lean")
+    report = ingest([str(first), str(second)], plain, vocabulary=vocabulary, store=local_store)
+    assert report.sources[1].duplicates["matches"] == {"a": 10}
+    assert Corpus.open(plain, local_store).n_cells == 40
+    keep = IngestConfig(duplicates="keep_first")
+    report = ingest([str(first), str(second)], lean, vocabulary=vocabulary, store=local_store, config=keep)
+    assert report.sources[1].tally.dropped == {"duplicate_cell": 10}
+    corpus = Corpus.open(lean, local_store)
+    assert corpus.n_cells == 30
+    dropped = pq.read_table(io.BytesIO(corpus.read_source_file("b", "quarantine.parquet")))
+    assert sorted(dropped["source_row"].to_pylist()) == list(range(10))
+    kept = [r["source_row"] for r in corpus.cells(["dataset_id", "source_row"]).to_pylist() if r["dataset_id"] == "b"]
+    assert kept == list(range(10, 20))
+
+
+def test_cells_with_bad_values_can_be_set_aside_and_too_many_are_refused(
+    tmp_path: Path, write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store
+) -> None:
+    counts = counts_of(100)
+    counts.data[counts.indptr[7]] = -3
+    path = write_atlas("a.h5ad", counts)
+    uri = str(tmp_path / "corpus")
+    strict = IngestConfig(counts_slot="X", bad_values="quarantine")
+    (source,) = ingest([str(path)], uri, vocabulary=vocabulary, store=local_store, config=strict).sources
     assert source.failure is not None
-    assert source.failure.code == "corpus"
-    assert f"genescale corpus remove {uri} one" in source.failure.message
-    assert Corpus.open(uri, local_store).n_cells == 20
-    other = IngestConfig(min_genes=3)
-    assert not ingest([str(path)], uri, vocabulary=vocabulary, store=local_store, config=other).ok
-    Corpus.open(uri, local_store).remove("one")
-    assert ingest([str(path)], uri, vocabulary=vocabulary, store=local_store).kept == 25
-    newest = Corpus.open(uri, local_store)
-    assert (newest.n_cells, Corpus.open(f"{uri}@1", local_store).n_cells) == (25, 20)
+    assert "1 of 100 cells hold values that are no counts" in source.failure.message
+    borne = IngestConfig(counts_slot="X", bad_values="quarantine", max_bad_cells=0.02)
+    (source,) = ingest([str(path)], uri, vocabulary=vocabulary, store=local_store, config=borne).sources
+    assert (source.status, source.tally.kept, source.tally.dropped) == ("ingested", 99, {"bad_values": 1})
+    dropped = pq.read_table(io.BytesIO(Corpus.open(uri, local_store).read_source_file("a", "quarantine.parquet")))
+    assert dropped.select(["source_row", "cell_id", "reason"]).to_pylist() == [
+        {"source_row": 7, "cell_id": "cell7", "reason": "bad_values"}
+    ]
 
 
 def test_names_of_datasets_are_not_shared(
@@ -235,7 +325,9 @@ def test_names_of_datasets_are_not_shared(
     uri, named = str(tmp_path / "corpus"), IngestConfig(dataset_id="other")
     report = ingest([str(first), str(second)], uri, vocabulary=vocabulary, store=local_store)
     assert [s.status for s in report.sources] == ["ingested", "refused"]
-    assert "another --dataset-id" in str(report.sources[1].failure)
+    assert "Name it with --dataset-id, or in a list" in str(report.sources[1].failure)
+    (clash,) = ingest([str(second)], uri, vocabulary=vocabulary, store=local_store).sources
+    assert "another --dataset-id, or give --replace" in str(clash.failure)
     with pytest.raises(SettingsError, match="one dataset id for 2 files"):
         ingest([str(first), str(second)], uri, vocabulary=vocabulary, store=local_store, config=named)
     assert ingest([str(second)], uri, vocabulary=vocabulary, store=local_store, config=named).ok
@@ -250,13 +342,13 @@ def test_symbols_duplicates_and_retired_ids(
 ) -> None:
     counts = counts_of(12)
     genes = [f"GENE{i + 1}" for i in range(60)]
-    genes[59] = "oldname"  # another name of the second gene: its counts are added
+    genes[1], genes[59] = "oldname", "gene7"  # another name of the second gene; the seventh gene once more
     path = write_atlas("symbols.h5ad", counts, genes=genes)
     report = ingest([str(path)], str(tmp_path / "corpus"), vocabulary=vocabulary, store=local_store)
     assert report.ok
     assert (report.sources[0].genes_mapped, report.sources[0].genes_summed) == (60, 1)
     summed = counts.toarray()
-    summed[:, 1] += summed[:, 59]
+    summed[:, 6] += summed[:, 59]
     corpus = Corpus.open(report.corpus_uri, local_store)
     for row, tokens in zip(summed[:, :59], corpus.tokens(range(12)), strict=True):
         found = np.flatnonzero(row)

@@ -11,7 +11,9 @@ import anndata
 import numpy as np
 import pytest
 
-from genescale.ingestion.h5ad import open_atlas
+from genescale.ingestion.counts import checked
+from genescale.ingestion.obs_columns import harmonised
+from genescale.ingestion.opening import open_atlas
 from genescale.ingestion.simulate import SimulateConfig, SimulatedAtlas, draw_cells, simulate
 from genescale.ingestion.simulate_network import plant_network, truth_of
 from genescale.platform.errors import AlreadyExistsError, SettingsError
@@ -149,11 +151,11 @@ def test_files_are_read_by_anndata_and_by_the_ingestion(tmp_path: Path, local_st
         with open_atlas(file, local_store) as opened:
             assert opened.slot == "X"
             assert opened.n_cells == 60
-            block = opened.read_rows(0, 60)
+            block = checked(opened, 0, 60)
             assert np.array_equal(block.counts, read.X.data)
-            columns, _ = opened.metadata(0, 60)
-            assert columns["cell_type"] == read.obs["cell_type"].tolist()
-            assert set(columns["organism"]) == {"Homo sapiens"}
+            columns, _ = harmonised(opened, 0, 60)
+            assert columns["cell_type"].to_pylist() == read.obs["cell_type"].tolist()
+            assert set(columns["organism"].to_pylist()) == {"Homo sapiens"}
 
 
 def test_the_truth_inside_the_files_is_the_side_file(tmp_path: Path, local_store: Store) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from scipy import sparse
 
-from genescale.ingestion.genes import gathered, library_sizes, map_to_vocabulary
-from genescale.ingestion.h5ad import open_atlas
+from genescale.ingestion.counts import checked
+from genescale.ingestion.genes import GeneRules, map_genes
+from genescale.ingestion.opening import open_atlas
 from genescale.platform.rank_value import rank_value_tokens
 from genescale.platform.storage import Store
 from genescale.platform.vocabulary import Vocabulary, read_vocabulary
@@ -53,9 +55,15 @@ def test_tokens_equal_the_published_ones(
     with open_atlas(str(shared_data / "atlases" / f"{atlas}_counts_ensembl.h5ad"), local_store) as file:
         assert file.n_cells == ATLASES[atlas] == golden.height
         assert file.cell_ids(0, file.n_cells) == golden["cell_id"].to_list()
-        genes = map_to_vocabulary(file.gene_columns(), vocabulary, min_share=0.5, min_share_of_symbols=0.5, where=atlas)
-        block = file.read_rows(0, file.n_cells)
-    counts_ng, sizes_n = gathered(block, genes.targets_g, vocabulary.size), library_sizes(block)
+        genes = map_genes(file, vocabulary, rules=GeneRules())
+        block = checked(file, 0, file.n_cells)
+    assert genes.counted_g.all(), "all genes make up the published library size"
+    stored_ng = sparse.csr_matrix((block.counts, block.indices, block.indptr), shape=(golden.height, genes.fate_g.size))
+    sizes_n = np.asarray(stored_ng.sum(axis=1)).ravel()
+    kept = np.flatnonzero(genes.targets_g >= 0)
+    places = (np.ones(kept.size), (kept, genes.targets_g[kept]))
+    counts_ng = stored_ng @ sparse.csr_matrix(places, shape=(genes.fate_g.size, vocabulary.size))
+    counts_ng.sort_indices()
     frame = 0 if vocabulary.cls is None else 1
     different_cells = 0
     for i, published in enumerate(golden["input_ids"]):

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from genescale.ingestion.corpus import Corpus, NewPart, Source, dataset_folder
 from genescale.ingestion.parts import part_bytes
-from genescale.ingestion.schema import METADATA_COLUMNS, part_schema
+from genescale.ingestion.schema import part_schema, rows_table
 from genescale.platform.bundle import Bundle, write_bundle
 from genescale.platform.settings import StorageSettings
 from genescale.platform.storage import Store, join
@@ -116,11 +115,10 @@ def write_corpus(uri: str, vocabulary: Vocabulary, store: Store, cells: list[np.
         "length": [len(cell) for cell in cells],
         "total_counts": [1000.0] * n,
         "n_genes": [len(cell) for cell in cells],
-        **{name: [None] * n for name in METADATA_COLUMNS},
         "cell_type": [CELL_TYPES[i % len(CELL_TYPES)] for i in range(n)],
         "donor_id": [f"donor-{i * 6 // n}" for i in range(n)],
     }
-    data = part_bytes(pa.table(columns, schema=part_schema(vocabulary.token_dtype)))
+    data = part_bytes(rows_table(columns, part_schema(vocabulary.token_dtype)))
     corpus = Corpus.create(uri, vocabulary, store)
     path = f"{dataset_folder('tiny')}/part-0.parquet"
     store.write(join(uri, path), data)

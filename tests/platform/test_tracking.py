@@ -175,9 +175,40 @@ def test_a_registered_bundle_comes_back(tracker: Tracker, bundle: Bundle, model:
     assert _contents(tracker.download(version, tmp_path / "to")) == _contents(bundle.folder)
 
 
-def test_an_alias_moves_and_versions_stay(tracker: Tracker, bundle: Bundle, model: str) -> None:
+@pytest.fixture(scope="module")
+def other_bundle(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> Bundle:
+    return _bundle(tmp_path_factory.mktemp("other") / "b", vocabulary, value=3.0)
+
+
+def test_the_same_bundle_is_registered_once(tracker: Tracker, bundle: Bundle, other_bundle: Bundle, model: str) -> None:
+    first = _registered(tracker, bundle, model, aliases=["newest"], description="What it is.")
+    assert first.description == "What it is."
+    assert _registered(tracker, bundle, model, aliases=["newest", "also"]) == first
+    second = _registered(tracker, other_bundle, model, aliases=["newest"])
+    # The alias has moved on: registering the older bundle once more does not take it back.
+    assert _registered(tracker, bundle, model, aliases=["newest"]) == first
+    assert tracker.list_versions(model) == [first, second]
+    summary = next(found for found in tracker.list_models() if found.name == model)
+    assert (summary.aliases, summary.newest) == ({"newest": "2", "also": "1"}, "2")
+    with pytest.raises(TrackingError, match="no model is registered"):
+        tracker.list_versions(f"{model}-other")
+
+
+def test_a_run_is_gone_on_with(tracker: Tracker) -> None:
+    with tracker.run("train", params={"width": 4}) as run:
+        run.log_metric_rows([(step, {"loss": 1.0}) for step in range(3)])
+    with tracker.run("train", params={"width": 4}, resume=run.id) as again:
+        assert again.id == run.id
+        assert again.newest_steps() == {"loss": 2}
+        again.log_metric_rows([(3, {"loss": 0.5})], time_ms=1_000)
+        assert again.newest_steps() == {"loss": 3}
+    with tracker.run("train", resume="0" * 32) as new:
+        assert new.id not in ("0" * 32, run.id)
+
+
+def test_an_alias_moves_and_versions_stay(tracker: Tracker, bundle: Bundle, other_bundle: Bundle, model: str) -> None:
     first = _registered(tracker, bundle, model, aliases=["best"])
-    second = _registered(tracker, bundle, model)
+    second = _registered(tracker, other_bundle, model)
     assert (first.version, second.version) == ("1", "2")
     assert tracker.resolve(f"models:/{model}@best") == first
     tracker.set_alias(model, "best", second.version)
@@ -365,11 +396,11 @@ def test_foreign_sources_are_refused(on_disk: Settings, bundle: Bundle, model: s
 
 
 def test_foreign_sources_on_a_server_are_refused(
-    on_server: Settings, bundle: Bundle, model: str, tmp_path: Path
+    on_server: Settings, bundle: Bundle, other_bundle: Bundle, model: str, tmp_path: Path
 ) -> None:
     tracker = open_tracker(on_server)
     version = _registered(tracker, bundle, model)
-    other = _registered(tracker, bundle, model)
+    other = _registered(tracker, other_bundle, model)
     root = version.source.removesuffix(f"/{FOLDER}")
     for source in (other.source, root, f"{root}x/bundle", f"{root}/../x", "s3://bucket/bundle", str(bundle.folder)):
         # The server refuses some of them itself, when they are registered; a server that does not is met here.

@@ -144,11 +144,10 @@ def test_a_screen_and_the_service_agree_on_the_same_cells_bit_for_bit(
 
 
 def write_corpus(uri: str, vocabulary: Vocabulary, store: Store, cells: list[np.ndarray]) -> Corpus:
-    import pyarrow as pa
 
     from genescale.ingestion.corpus import Corpus, NewPart, Source, dataset_folder
     from genescale.ingestion.parts import part_bytes
-    from genescale.ingestion.schema import METADATA_COLUMNS, part_schema
+    from genescale.ingestion.schema import part_schema, rows_table
 
     n = len(cells)
     columns = {
@@ -158,9 +157,8 @@ def write_corpus(uri: str, vocabulary: Vocabulary, store: Store, cells: list[np.
         "length": [len(cell) for cell in cells],
         "total_counts": [1000.0] * n,
         "n_genes": [len(cell) for cell in cells],
-        **{name: [None] * n for name in METADATA_COLUMNS},
     }
-    data = part_bytes(pa.table(columns, schema=part_schema(vocabulary.token_dtype)))
+    data = part_bytes(rows_table(columns, part_schema(vocabulary.token_dtype)))
     corpus = Corpus.create(uri, vocabulary, store)
     path = f"{dataset_folder('tiny')}/part-0.parquet"
     store.write(join(uri, path), data)

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from genescale.ingestion.corpus import Corpus, NewPart, Source, dataset_folder
 from genescale.ingestion.parts import part_bytes
-from genescale.ingestion.schema import METADATA_COLUMNS, part_schema
+from genescale.ingestion.schema import part_schema, rows_table
 from genescale.platform.bundle import Bundle, write_bundle
 from genescale.platform.settings import StorageSettings
 from genescale.platform.storage import Store, join
@@ -125,9 +124,9 @@ def commit_cells(
         "length": [len(cell) for cell in cells],
         "total_counts": [1000.0] * n,
         "n_genes": [len(cell) for cell in cells],
-        **{name: metadata.get(name, [None] * n) for name in METADATA_COLUMNS},
+        **metadata,
     }
-    table = pa.table(columns, schema=part_schema(corpus.vocabulary.token_dtype))
+    table = rows_table(columns, part_schema(corpus.vocabulary.token_dtype))
     parts = []
     for number, (start, stop) in enumerate(((0, n // 3), (n // 3, n))):
         data = part_bytes(table.slice(start, stop - start))

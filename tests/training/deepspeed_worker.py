@@ -1,6 +1,7 @@
 """One rank of a DeepSpeed run, in a process of its own: DeepSpeed fixes process-wide state when it is imported.
 
-Usage: deepspeed_worker.py RANK WORKERS FOLDER STAGE... ; writes FOLDER/stage<N>_workers<W>.json from rank 0.
+Usage: deepspeed_worker.py RANK WORKERS FOLDER STAGE... ; writes FOLDER/stage<N>_workers<W>.json from rank 0, and goes
+on from every state that it finds in FOLDER.
 `test_engine.py` takes its cells, plan and model from here, so that both sides train on the same thing.
 """
 
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 
 from genescale.platform.vocabulary import Vocabulary
-from genescale.training.batches import BatchPlan, MemoryCells, evaluation_batches, step_batches
+from genescale.training.batches import BatchPlan, evaluation_batches, step_batches
+from genescale.training.cells import MemoryCells
 from genescale.training.engine import DeepSpeedEngine, Engine, OptimizerConfig
 from genescale.training.masking import Masking
 from genescale.training.model import EncoderConfig, MaskedGeneModel, new_model
+from genescale.training.shards import SavedState
 
 GENES, LANES, STEPS, SAVED_AT = 60, 4, 8, 4
 
@@ -53,6 +56,17 @@ def optimizer(**changes: Any) -> OptimizerConfig:
     return OptimizerConfig(**{"learning_rate": 1e-2, "warmup_steps": 2, "clip": 0.5, **changes})
 
 
+def save(engine: Engine, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    engine.snapshot().write(folder / f"shard-{engine.rank}.safetensors")
+    if engine.workers > 1:
+        torch.distributed.barrier()
+
+
+def saved_in(folder: Path) -> SavedState:
+    return SavedState(sorted(folder.glob("shard-*")))
+
+
 def train(engine: Engine, *, first: int = 0, folder: Path | None = None) -> dict[str, Any]:
     cells = source()
     masking = Masking(vocabulary=cells.vocabulary, seed=5)
@@ -63,7 +77,7 @@ def train(engine: Engine, *, first: int = 0, folder: Path | None = None) -> dict
         assert masked == batch.masked
         losses.append(float(nll / masked))
         if folder and batch.step == SAVED_AT:
-            engine.save(folder)
+            save(engine, folder)
     evaluation = evaluation_batches(cells, plan(cells), masking, **place)
     sums = engine.total(torch.stack([engine.evaluate(batch.micro_batches) for batch in evaluation]).sum(0))
     weights = engine.weights()
@@ -77,7 +91,7 @@ def train(engine: Engine, *, first: int = 0, folder: Path | None = None) -> dict
 
 def main(rank: int, workers: int, folder: Path, stages: list[int]) -> None:
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / f"group{workers}"), workers)
+    store = torch.distributed.FileStore(str(folder / f"group-{workers}-{stages[0]}"), workers)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=workers)
     for stage in stages:
         saved = folder / f"saved_stage{stage}_workers{workers}"
@@ -87,13 +101,14 @@ def main(rank: int, workers: int, folder: Path, stages: list[int]) -> None:
 
         undisturbed = train(engine(), folder=saved)
         continued = engine()
-        continued.resume(saved)
-        result = {"undisturbed": undisturbed, "continued": train(continued, first=SAVED_AT)}
-        elsewhere = folder / f"saved_stage0_workers{3 - workers}"
-        if stage == 0 and elsewhere.exists():
-            moved = engine()
-            moved.resume(elsewhere)
-            result["moved"] = train(moved, first=SAVED_AT)
+        continued.restore(saved_in(saved))
+        result: dict[str, Any] = {"undisturbed": undisturbed, "continued": train(continued, first=SAVED_AT)}
+        # States of every stage and of the other number of workers, as far as they were written before.
+        for elsewhere in sorted(folder.glob("saved_*")):
+            if elsewhere != saved:
+                moved = engine()
+                moved.restore(saved_in(elsewhere))
+                result[f"from {elsewhere.name}"] = train(moved, first=SAVED_AT)
         if rank == 0:
             (folder / f"stage{stage}_workers{workers}.json").write_text(json.dumps(result))
     torch.distributed.barrier()

@@ -19,10 +19,10 @@ from genescale.training.batches import (
     MicroBatch,
     StepBatch,
     evaluation_batches,
-    hold_out,
     prefetch,
     step_batches,
 )
+from genescale.training.cells import hold_out
 from genescale.training.masking import Masking
 
 GENES, BUDGET, LANES = 60, 100, 4
@@ -220,13 +220,34 @@ def test_no_cells_are_refused(source: MemoryCells) -> None:
 
 
 def test_held_out_cells_are_kept_apart() -> None:
-    trained, held_out = hold_out(1_000, 50, seed=1)
-    assert len(held_out) == 50
-    assert sorted([*trained, *held_out]) == list(range(1_000))
-    assert hold_out(1_000, 50, seed=1)[1].tolist() == held_out.tolist()
-    assert hold_out(1_000, 50, seed=2)[1].tolist() != held_out.tolist()
-    assert len(hold_out(100, 50, seed=1)[1]) == 10
-    assert len(hold_out(5, 50, seed=1)[1]) == 0
+    split = hold_out(1_000, 50, seed=1)
+    assert len(split.held_out) == 50
+    assert not split.by_donor
+    assert sorted([*split.trained, *split.held_out]) == list(range(1_000))
+    assert hold_out(1_000, 50, seed=1).held_out.tolist() == split.held_out.tolist()
+    assert hold_out(1_000, 50, seed=2).held_out.tolist() != split.held_out.tolist()
+    assert len(hold_out(100, 50, seed=1).held_out) == 10
+    assert len(hold_out(5, 50, seed=1).held_out) == 0
+
+
+def test_held_out_donors_are_not_trained_on() -> None:
+    donors = np.random.default_rng(0).integers(-1, 20, size=1_000)
+    split = hold_out(1_000, 60, seed=1, donors=donors)
+    assert split.by_donor
+    assert len(split.held_out) == 60
+    assert len(split.trained) + len(split.held_out) + split.left_out == 1_000
+    assert split.left_out < 200
+    assert not set(donors[split.trained]) & set(donors[split.held_out])
+    assert -1 not in donors[split.held_out]
+    assert hold_out(1_000, 60, seed=1, donors=donors).held_out.tolist() == split.held_out.tolist()
+    others = {tuple(hold_out(1_000, 60, seed=seed, donors=donors).held_out) for seed in range(5)}
+    assert len(others) == 5
+
+
+@pytest.mark.parametrize("donors", [np.full(1_000, -1), np.arange(1_000) % 3])
+def test_without_donors_small_enough_single_cells_are_held_out(donors: np.ndarray) -> None:
+    split = hold_out(1_000, 60, seed=1, donors=donors)
+    assert (split.by_donor, len(split.held_out), split.left_out) == (False, 60, 0)
 
 
 def test_prefetching_keeps_order_and_items() -> None:

@@ -1,0 +1,400 @@
+"""The compiled loops over the stored values of cells; `kernel.rank_rows` and `histograms` are the ways in.
+
+The order is found by a radix sort of two passes on the upper bits of the value, as many as the range of the cell fills,
+and an insertion sort on the whole values: the radix only has to come near, the insertion makes it exact. A cell that
+would keep the insertion busy (many equal values in falling token order) is merge-sorted instead.
+
+All loops that call each other stand in this one file, because Numba's cache on disk sees a change only of the
+file that a function stands in.
+
+Axis suffixes: `n` cells, `g` genes of the file, `z` stored values, `k` genes of one cell, `t` tokens (of the
+vocabulary, or of all cells one after the other).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from genescale.ingestion.compiled import compiled
+
+Array = npt.NDArray[Any]
+
+# Codes of kernel.FAULTS.
+_INDEX, _NOT_FINITE, _NEGATIVE, _FRACTIONAL, _TOO_LARGE = range(1, 6)
+# What a gene column is, in one number, so that a value costs one look-up: target + 1, then flags, then fate.
+FATE_BITS, COUNTED, MITO, SHARED, TARGET_SHIFT = 0xF, 1 << 4, 1 << 5, 1 << 6, 8
+_FLAGS = FATE_BITS | COUNTED | MITO | SHARED
+_USUAL = 1 << 30
+# A number to sort by has 63 bits: 47 of the value, of which two digits of nine bits are sorted by, and the place.
+_PLACE_BITS, _UPPER_BITS, _DIGITS = 16, 47, 1 << 9
+_PLACE, _MOST_PLACES = (1 << _PLACE_BITS) - 1, 1 << _PLACE_BITS
+_LOW_DIGIT, _HIGH_DIGIT = 63 - 18, 63 - 9
+# Measured on 2,000 genes per cell: a near order costs about one move per gene.
+_MOVES_PER_GENE = 24
+
+
+@compiled
+def rank_cells(
+    indptr_n: Array, indices_z: Array, values_z: Array, most: float, whole: bool, table_g: Array, medians_t:
+    Array, capacity: int, frame: Array, most_stored: int, tokens_t: Array, offsets_n: Array, totals_n: Array,
+    n_genes_n: Array, mito_n: Array, cropped_n: Array, content_hash_n: Array, faults_n: Array, counts_by_fate:
+    Array, sums: Array,
+) -> float:  # fmt: skip
+    """Fill the outputs for every cell; sums: zeros, repeated entries, positive values, ones; returns the largest."""
+    token_k, count_k = np.empty(most_stored, np.int32), np.empty(most_stored)
+    bits_k, near_k, spare_k = (
+        np.empty(most_stored, np.int64),
+        np.empty(most_stored, np.int64),
+        np.empty(most_stored, np.int64),
+    )
+    spare_token_k = np.empty(most_stored, np.int32)
+    slot_t, owner_t = np.empty(medians_t.size, np.int32), np.full(medians_t.size, -1, np.int64)
+    owner_g = np.full(table_g.size, -1, np.int64)
+    low, high = np.empty(_DIGITS, np.int32), np.empty(_DIGITS, np.int32)
+    of_fate, of_cell = np.empty(counts_by_fate.size), np.empty(7)
+    largest, at = 0.0, 0
+    for n in range(indptr_n.size - 1):
+        start, stop = indptr_n[n], indptr_n[n + 1]
+        fault = _sweep(indices_z, values_z, start, stop, most, whole, table_g, token_k, count_k, of_fate, of_cell)
+        if fault:
+            faults_n[n] = fault
+            offsets_n[n + 1] = at
+            continue
+        genes, unsorted = int(of_cell[3]), of_cell[4]
+        if unsorted != 0.0:
+            if unsorted >= 2.0:
+                sums[1] += _repeats(indices_z, values_z, start, stop, owner_g, n)
+            genes = _combine(token_k, count_k, genes, slot_t, owner_t, n)
+        for fate in range(counts_by_fate.size):
+            counts_by_fate[fate] += of_fate[fate]
+        totals_n[n], mito_n[n], n_genes_n[n] = of_cell[0], of_cell[1], genes
+        largest = max(largest, of_cell[2])
+        zeros = int(of_cell[5])
+        sums[0] += zeros
+        sums[2] += stop - start - zeros
+        sums[3] += int(of_cell[6])
+        content_hash_n[n] = _content_hash(token_k, count_k, genes)
+        ranked = _keys(token_k, count_k, genes, medians_t, bits_k)
+        _sort(bits_k, token_k, ranked, near_k, spare_k, spare_token_k, low, high)
+        cropped_n[n] = ranked > capacity
+        at = _write(tokens_t, at, spare_token_k, min(ranked, capacity), frame)
+        offsets_n[n + 1] = at
+    return largest
+
+
+@compiled
+def _sweep(
+    indices_z: Array, values_z: Array, start: int, stop: int, most: float, whole: bool, table_g: Array, token_k:
+    Array, count_k: Array, of_fate: Array, of_cell: Array,
+) -> int:  # fmt: skip
+    """Prove the values of one cell and collect its vocabulary genes; returns a code of FAULTS.
+
+    of_cell: library size, mitochondrial counts, largest value, genes collected, 1 when targets are shared (+ 2 when
+    columns are not in rising order), explicit zeros, ones. of_fate: counts by fate.
+
+    The usual cell (genes in rising order, whole numbers, none of them zero or beyond a billion) is looked at in loops
+    that become vector instructions; whole numbers of that size add up exactly in any order.
+    """
+    # Slices, because an index that may be negative keeps a loop from becoming vector instructions.
+    columns, values = indices_z[start:stop], values_z[start:stop]
+    usual, none = values.dtype.type(min(most, _USUAL)), values.dtype.type(0)
+    units, ones, odd, largest = np.int64(0), np.int32(0), np.int32(0), np.int32(0)
+    for z in range(values.size):
+        fits = (values[z] > none) & (values[z] <= usual)
+        value = values[z] if fits else none
+        unit = np.int32(value)
+        odd |= np.int32(not fits) | np.int32(values.dtype.type(unit) != value)
+        units += unit
+        ones += np.int32(unit == 1)
+        largest = max(largest, unit)
+    before = columns[:-1]
+    for z in range(before.size):
+        odd |= np.int32(columns[z + 1] <= before[z])
+    if odd or (columns.size and (columns[0] < 0 or columns[-1] >= table_g.size)):
+        return _sweep_any(indices_z, values_z, start, stop, most, whole, table_g, token_k, count_k, of_fate, of_cell)
+    of_fate[:] = 0.0
+    mito, uncounted, elsewhere, shared, genes = 0.0, 0.0, 0.0, 0, np.uint32(0)
+    for z in range(columns.size):
+        gene, value = table_g[np.uint32(columns[z])], np.float64(values[z])
+        # Written always, kept only where the column has a target: cheaper than a branch that is hard to foresee.
+        token_k[genes], count_k[genes] = (gene >> TARGET_SHIFT) - 1, value
+        genes += np.uint32(gene >> TARGET_SHIFT > 0)
+        if gene & _FLAGS != COUNTED:
+            shared |= gene & SHARED
+            if not gene & COUNTED:
+                uncounted += value
+            if gene & MITO:
+                mito += value
+            if gene & FATE_BITS:
+                of_fate[gene & FATE_BITS] += value
+                elsewhere += value
+    of_fate[0] = units - elsewhere
+    of_cell[0], of_cell[1], of_cell[2], of_cell[3] = units - uncounted, mito, largest, genes
+    of_cell[4], of_cell[5], of_cell[6] = (1.0 if shared else 0.0), 0.0, ones
+    return 0
+
+
+@compiled
+def _sweep_any(
+    indices_z: Array, values_z: Array, start: int, stop: int, most: float, whole: bool, table_g: Array, token_k:
+    Array, count_k: Array, of_fate: Array, of_cell: Array,
+) -> int:  # fmt: skip
+    """As `_sweep`, for any cell: value by value."""
+    total, mito, largest, mapped, genes, zeros, ones = 0.0, 0.0, 0.0, 0.0, 0, 0, 0
+    shared, before, falls = 0, -1, False
+    of_fate[:] = 0.0
+    for z in range(start, stop):
+        column, value = np.int64(indices_z[z]), np.float64(values_z[z])
+        if column < 0 or column >= table_g.size:
+            return _INDEX
+        if not (value >= 0.0 and value <= most):
+            return _NEGATIVE if -np.inf < value < 0.0 else _TOO_LARGE if most < value < np.inf else _NOT_FINITE
+        if whole and value != np.floor(value):
+            return _FRACTIONAL
+        falls |= column <= before
+        before = column
+        if value == 0.0:
+            zeros += 1
+            continue
+        ones += value == 1.0
+        gene = table_g[column]
+        if gene & COUNTED:
+            total += value
+        if gene & MITO:
+            mito += value
+        if gene & FATE_BITS:
+            of_fate[gene & FATE_BITS] += value
+        else:
+            mapped += value
+        largest = max(largest, value)
+        shared |= gene & SHARED
+        # Written always, kept only where the column has a target: cheaper than a branch that is hard to foresee.
+        token_k[genes], count_k[genes] = (gene >> TARGET_SHIFT) - 1, value
+        genes += gene >> TARGET_SHIFT > 0
+    of_fate[0] = mapped
+    of_cell[0], of_cell[1], of_cell[2], of_cell[3], of_cell[5] = total, mito, largest, genes, zeros
+    of_cell[4], of_cell[6] = (1.0 if shared else 0.0) + (2.0 if falls else 0.0), ones
+    return 0
+
+
+@compiled
+def _repeats(indices_z: Array, values_z: Array, start: int, stop: int, owner_g: Array, n: int) -> int:
+    """Positive values of the cell that stand at a gene column which has one already."""
+    repeated = 0
+    for z in range(start, stop):
+        if values_z[z] != 0:
+            repeated += owner_g[indices_z[z]] == n
+            owner_g[indices_z[z]] = n
+    return repeated
+
+
+@compiled
+def _combine(token_k: Array, count_k: Array, genes: int, slot_t: Array, owner_t: Array, n: int) -> int:
+    """Sum the counts of equal tokens in place; returns how many tokens are left."""
+    kept = 0
+    for k in range(genes):
+        token = token_k[k]
+        if owner_t[token] == n:
+            count_k[slot_t[token]] += count_k[k]
+        else:
+            owner_t[token], slot_t[token] = n, kept
+            token_k[kept], count_k[kept] = token, count_k[k]
+            kept += 1
+    return kept
+
+
+@compiled
+def _content_hash(token_k: Array, count_k: Array, genes: int) -> int:
+    """Sum of one well-mixed number per (token, count): the order of the genes does not matter."""
+    bits_k, total = count_k.view(np.uint64), np.uint64(genes)
+    for k in range(genes):
+        mixed = bits_k[k] ^ (np.uint64(token_k[k] + 1) * np.uint64(0x9E3779B97F4A7C15))
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+        total += mixed ^ (mixed >> np.uint64(32))
+    return np.int64(total)
+
+
+@compiled
+def _keys(token_k: Array, count_k: Array, genes: int, medians_t: Array, bits_k: Array) -> int:
+    """Rank value of every gene with a median, as bits that rise with it; genes without one are taken out."""
+    value_k, kept = bits_k.view(np.float64), np.uint32(0)
+    for k in range(genes):
+        token = token_k[k]
+        value = count_k[k] / medians_t[np.uint32(token)]
+        value_k[kept], token_k[kept] = value, token
+        kept += np.uint32(value == value)
+    return np.int64(kept)
+
+
+@compiled
+def _sort(
+    bits_k: Array, token_k: Array, m: int, near_k: Array, spare_k: Array, spare_token_k: Array, low: Array, high:
+    Array,
+) -> None:  # fmt: skip
+    """Put the tokens in the order of falling bits, ties by rising token, into spare_token_k.
+
+    What is sorted is one number per gene: the upper 47 bits of how far the value lies below the greatest, then its
+    place. Two radix passes bring the numbers near their places and an insertion sort into them; genes whose upper bits
+    are equal are then put in order by all their bits and their tokens.
+    """
+    moves = _MOVES_PER_GENE * m + 4096
+    if m <= _MOST_PLACES:
+        _radix(bits_k, m, near_k, spare_k, low, high)
+        moves = _insertion(near_k, m, moves)
+        moves = _settle(near_k, bits_k, token_k, m, moves)
+        for k in range(m):
+            spare_token_k[k] = token_k[np.uint32(near_k[k] & _PLACE)]
+    if m > _MOST_PLACES or moves < 0:
+        _merge_sort(bits_k, token_k, m, spare_k, spare_token_k)
+        spare_token_k[:m] = token_k[:m]
+
+
+@compiled
+def _radix(bits_k: Array, m: int, near_k: Array, spare_k: Array, low: Array, high: Array) -> None:
+    """Numbers to sort by, and their nearly sorted order."""
+    if m == 0:
+        return
+    smallest, greatest = bits_k[0], bits_k[0]
+    for k in range(m):
+        smallest, greatest = min(smallest, bits_k[k]), max(greatest, bits_k[k])
+    span, right, left = greatest - smallest, 0, 0
+    while span >> right >= 1 << _UPPER_BITS:
+        right += 1
+    while right == 0 and left < _UPPER_BITS - 1 and span << (left + 1) < 1 << _UPPER_BITS:
+        left += 1
+    low[:] = 0
+    high[:] = 0
+    for k in range(m):
+        number = ((((greatest - bits_k[k]) >> right) << left) << _PLACE_BITS) | k
+        near_k[k] = number
+        low[np.uint32((number >> _LOW_DIGIT) & (_DIGITS - 1))] += 1
+        high[np.uint32(number >> _HIGH_DIGIT)] += 1
+    of_low, of_high = 0, 0
+    for digit in range(_DIGITS):
+        low[digit], of_low = of_low, of_low + low[digit]
+        high[digit], of_high = of_high, of_high + high[digit]
+    for k in range(m):
+        number = near_k[k]
+        digit = np.uint32((number >> _LOW_DIGIT) & (_DIGITS - 1))
+        spare_k[np.uint32(low[digit])] = number
+        low[digit] += 1
+    for k in range(m):
+        number = spare_k[k]
+        digit = np.uint32(number >> _HIGH_DIGIT)
+        near_k[np.uint32(high[digit])] = number
+        high[digit] += 1
+
+
+@compiled
+def _insertion(near_k: Array, m: int, moves: int) -> int:
+    """Exact order of nearly sorted numbers; returns the moves that are left, or fewer than 0 when it gave up."""
+    for k in range(1, m):
+        number, place = near_k[k], k
+        while place > 0 and near_k[place - 1] > number:
+            near_k[place] = near_k[place - 1]
+            place -= 1
+        near_k[place] = number
+        moves -= k - place
+        if moves < 0:
+            break
+    return moves
+
+
+@compiled
+def _settle(near_k: Array, bits_k: Array, token_k: Array, m: int, moves: int) -> int:
+    """Order among genes whose upper bits are equal; returns the moves that are left."""
+    for k in range(1, m):
+        place, number = k, near_k[k]
+        if number >> _PLACE_BITS != near_k[k - 1] >> _PLACE_BITS or moves < 0:
+            continue
+        bits, token = bits_k[number & _PLACE], token_k[number & _PLACE]
+        while place > 0 and near_k[place - 1] >> _PLACE_BITS == number >> _PLACE_BITS:
+            other = near_k[place - 1] & _PLACE
+            if bits_k[other] > bits or (bits_k[other] == bits and token_k[other] < token):
+                break
+            near_k[place] = near_k[place - 1]
+            place -= 1
+        near_k[place] = number
+        moves -= k - place
+    return moves
+
+
+@compiled
+def _merge_sort(bits_k: Array, token_k: Array, m: int, spare_k: Array, spare_token_k: Array) -> None:
+    """The same order whatever the input: never more than m log m steps."""
+    width = 1
+    while width < m:
+        for start in range(0, m, 2 * width):
+            left, middle = start, min(start + width, m)
+            right, stop = middle, min(start + 2 * width, m)
+            for place in range(start, stop):
+                from_left = left < middle and (
+                    right >= stop
+                    or bits_k[left] > bits_k[right]
+                    or (bits_k[left] == bits_k[right] and token_k[left] < token_k[right])
+                )
+                source = left if from_left else right
+                spare_k[place], spare_token_k[place] = bits_k[source], token_k[source]
+                left, right = left + from_left, right + (not from_left)
+        bits_k[:m] = spare_k[:m]
+        token_k[:m] = spare_token_k[:m]
+        width *= 2
+
+
+@compiled
+def _write(tokens_t: Array, at: int, token_k: Array, kept: int, frame: Array) -> int:
+    """Write the tokens of one cell from place `at`, framed by special tokens where there are any; returns the end."""
+    first = at + (frame.size > 0)
+    for k in range(kept):
+        tokens_t[first + k] = token_k[k]
+    if frame.size:
+        tokens_t[at], tokens_t[first + kept] = frame[0], frame[1]
+    return first + kept + (frame.size > 0)
+
+
+@compiled
+def sweep_cells(
+    indptr_n: Array, indices_z: Array, values_z: Array, most: float, whole: bool, table_g: Array, n_tokens: int,
+    totals_n: Array, n_genes_n: Array, mito_n: Array, faults_n: Array,
+) -> None:  # fmt: skip
+    """What the counts of each cell say of it, without ranking: library size, detected genes, mitochondrial counts."""
+    longest = (indptr_n[1:] - indptr_n[:-1]).max() if indptr_n.size > 1 else 0
+    token_k, count_k, of_fate, of_cell = np.empty(longest, np.int32), np.empty(longest), np.empty(16), np.empty(7)
+    slot_t, owner_t = np.empty(n_tokens, np.int32), np.full(n_tokens, -1, np.int64)
+    for n in range(indptr_n.size - 1):
+        start, stop = indptr_n[n], indptr_n[n + 1]
+        faults_n[n] = _sweep(indices_z, values_z, start, stop, most, whole, table_g, token_k, count_k, of_fate, of_cell)
+        if not faults_n[n]:
+            genes = int(of_cell[3])
+            if of_cell[4] != 0.0:
+                genes = _combine(token_k, count_k, genes, slot_t, owner_t, n)
+            totals_n[n], mito_n[n], n_genes_n[n] = of_cell[0], of_cell[1], genes
+
+
+@compiled
+def normalise_cells(
+    indptr_n: Array, indices_z: Array, values_z: Array, table_g: Array, n_tokens: int, totals_n: Array, taken_n:
+    Array, target_sum: float, tokens_v: Array, values_v: Array,
+) -> int:  # fmt: skip
+    """Token and count / library size × target_sum of every gene of the cells that are taken; returns how many.
+
+    All of these cells are good ones, as `sweep_cells` found before.
+    """
+    longest = (indptr_n[1:] - indptr_n[:-1]).max() if indptr_n.size > 1 else 0
+    token_k, count_k, of_fate, of_cell = np.empty(longest, np.int32), np.empty(longest), np.empty(16), np.empty(7)
+    slot_t, owner_t, at = np.empty(n_tokens, np.int32), np.full(n_tokens, -1, np.int64), 0
+    for n in range(indptr_n.size - 1):
+        if taken_n[n]:
+            start, stop = indptr_n[n], indptr_n[n + 1]
+            _sweep(indices_z, values_z, start, stop, np.inf, False, table_g, token_k, count_k, of_fate, of_cell)
+            genes = int(of_cell[3])
+            if of_cell[4] != 0.0:
+                genes = _combine(token_k, count_k, genes, slot_t, owner_t, n)
+            for k in range(genes):
+                tokens_v[at + k], values_v[at + k] = token_k[k], count_k[k] / totals_n[n] * target_sum
+            at += genes
+    return at

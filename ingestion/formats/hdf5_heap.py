@@ -1,0 +1,31 @@
+"""Texts of variable length stand in heaps; a damaged one makes the HDF5 library turn in a circle and never return.
+
+Source: HDF5 File Format Specification, section III.E (global heap). The library walks from object to object by the
+sizes it finds and does not see when one of them leads nowhere.
+"""
+
+from __future__ import annotations
+
+import struct
+
+SIGNATURE = b"GCOL"
+HEADER_BYTES = 16
+_SIZE = struct.Struct("<Q")
+_OBJECT = struct.Struct("<HH4xQ")
+
+
+def never_ends(block: bytes | memoryview) -> bool:
+    """True when the library would not find the end of the heap collection that begins with these bytes."""
+    if len(block) < HEADER_BYTES:
+        return False
+    end = min(len(block), _SIZE.unpack_from(block, 8)[0])
+    place = HEADER_BYTES
+    while place + _OBJECT.size <= end:
+        number, _, size = _OBJECT.unpack_from(block, place)
+        # Object 0 is the space that is left, with its header; others have a header and are rounded up to 8 bytes. The
+        # library adds in 64 bits, so a size near the largest number comes round to nothing.
+        step = (_OBJECT.size + (size + 7 & ~7) if number else size) & (2**64 - 1)
+        if step == 0:
+            return True
+        place += step
+    return False
