@@ -11,6 +11,7 @@ Axis suffixes: `n` cells, `g` genes of the file, `z` stored values, `k` genes of
 vocabulary, or of all cells one after the other).
 """
 
+# mypy: disable-error-code="assignment, return-value"
 from __future__ import annotations
 
 from typing import Any
@@ -185,9 +186,8 @@ def _repeats(indices_z: Array, values_z: Array, start: int, stop: int, owner_g: 
     """Positive values of the cell that stand at a gene column which has one already."""
     repeated = 0
     for z in range(start, stop):
-        if values_z[z] != 0:
-            repeated += owner_g[indices_z[z]] == n
-            owner_g[indices_z[z]] = n
+        repeated += values_z[z] != 0 and owner_g[indices_z[z]] == n
+        owner_g[indices_z[z]] = n if values_z[z] != 0 else owner_g[indices_z[z]]
     return repeated
 
 
@@ -347,7 +347,7 @@ def _merge_sort(bits_k: Array, token_k: Array, m: int, spare_k: Array, spare_tok
 
 @compiled
 def _write(tokens_t: Array, at: int, token_k: Array, kept: int, frame: Array) -> int:
-    """Write the tokens of one cell from place `at`, framed by special tokens where there are any; returns the end."""
+    """Write the tokens of one cell from place `at`, framed where there is a frame; returns the end."""
     first = at + (frame.size > 0)
     for k in range(kept):
         tokens_t[first + k] = token_k[k]

@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from genescale.ingestion.reading_options import SOURCE_HELP, add_matrix_options, add_reading_options, options_given
+from genescale.ingestion.reading_options import (
+    SOURCE_HELP,
+    add_gene_options,
+    add_matrix_options,
+    add_reading_options,
+    options_given,
+)
 from genescale.platform.cli import begin, command_parser
 from genescale.platform.errors import SettingsError
 
 if TYPE_CHECKING:
-    from genescale.ingestion.medians import Medians
+    from genescale.ingestion.median_files import Medians
     from genescale.platform.storage import Store
     from genescale.platform.vocabulary import Vocabulary
 
@@ -38,7 +44,7 @@ def ingest(argv: Sequence[str]) -> int:
 
     from genescale.ingestion.config import IngestConfig
     from genescale.ingestion.pipeline import ingest as run
-    from genescale.ingestion.report import summary
+    from genescale.ingestion.report import as_json, summary
     from genescale.platform.cluster import ray_cluster
     from genescale.platform.progress import stage
     from genescale.platform.settings import build
@@ -51,7 +57,7 @@ def ingest(argv: Sequence[str]) -> int:
         report = run(
             arguments.sources, arguments.corpus, vocabulary=vocabulary, store=store, config=config, progress=progress
         )
-    print(json.dumps(report.to_dict(), indent=2) if arguments.json else summary(report))
+    print(as_json(report.to_dict()) if arguments.json else summary(report))
     _kept(report, arguments, settings, store)
     return 0 if report.ok else REFUSED_STATUS
 
@@ -82,10 +88,27 @@ def medians(argv: Sequence[str]) -> int:
     parser.add_argument("--name", default="", help="name to record in the vocabulary")
     parser.add_argument("--window", type=int, metavar="TOKENS", help="tokens per cell (default 4096)")
     parser.add_argument("--min-observations", type=int, metavar="N", help="leave out genes seen in fewer cells (1)")
+    parser.add_argument(
+        "--min-observations-for-median",
+        type=int,
+        metavar="N",
+        help="genes seen in fewer cells get no median of their own and are not ranked (default 10)",
+    )
+    parser.add_argument("--fallback", metavar="URI", help="vocabulary whose medians stand in for genes without one")
+    parser.add_argument(
+        "--earlier",
+        action="append",
+        metavar="URI",
+        help="add a histogram that an earlier run wrote (may be repeated)",
+    )
+    _flag(parser, "--exact", "read everything twice, for medians without rounding (else up to 0.8%% off)")
     add_matrix_options(parser)
+    add_gene_options(parser)
+    parser.add_argument("--where", metavar="SQL", help="count only cells whose obs meet this")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments, settings = begin(parser, argv)
 
+    from genescale.ingestion.median_files import write_beside
     from genescale.ingestion.medians import MediansConfig, measure_medians
     from genescale.platform.cluster import ray_cluster
     from genescale.platform.progress import stage
@@ -93,16 +116,19 @@ def medians(argv: Sequence[str]) -> int:
     from genescale.platform.storage import Store
     from genescale.platform.vocabulary_files import write_vocabulary
 
-    names = ("name", "window", "min_observations")
+    names = (
+        "name", "window", "min_observations", "min_observations_for_median", "fallback", "earlier", "exact",
+    )  # fmt: skip
     config = build(MediansConfig, options_given(arguments, names), where="medians")
     store = Store(settings.storage)
     with ray_cluster(settings), stage("medians") as progress:
         found = measure_medians(arguments.sources, store=store, config=config, progress=progress)
     write_vocabulary(found.vocabulary, arguments.output, store)
+    beside = write_beside(found, arguments.output, store)
     if arguments.json:
-        print(json.dumps({**found.to_dict(), "output": arguments.output}, indent=2))
+        print(json.dumps({**found.to_dict(), "output": arguments.output, **beside}, indent=2))
     else:
-        _print_medians(found, arguments.output)
+        _print_medians(found, arguments.output, beside)
     return 0 if found.ok else REFUSED_STATUS
 
 
@@ -174,12 +200,18 @@ def _vocabulary(uri: str | None, corpus_uri: str, store: Store) -> Vocabulary:
     return read_vocabulary(uri, store) if uri else Corpus.open(corpus_uri, store).vocabulary
 
 
-def _print_medians(found: Medians, output: str) -> None:
+def _print_medians(found: Medians, output: str, beside: Mapping[str, str]) -> None:
     facts = found.to_dict()
     print(f"vocabulary  {output}: {found.vocabulary!r}")
     print(f"cells       {found.n_cells:,}")
     print(f"genes       {facts['genes']:,} kept, {found.genes_left_out:,} left out (too few observations)")
-    if few := facts["genes_with_few_observations"]:
-        print(f"warning     {few:,} genes were seen in fewer than 1,000 cells: their medians are rough")
+    for name, address in beside.items():
+        print(f"{name:<11} {address}")
+    for warning in found.warnings:
+        print(f"warning     {warning}")
     for failure in found.refused.values():
         print(f"refused     [{failure.code}] {failure.message}")
+
+
+def _flag(parser: argparse.ArgumentParser, option: str, about: str) -> None:
+    parser.add_argument(option, action="store_const", const=True, help=about)

@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from genescale.ingestion.atlas import Atlas
-from genescale.ingestion.cells import check_enough_cells
 from genescale.ingestion.config import IngestConfig
 from genescale.ingestion.findings import Finding, source_findings
 from genescale.ingestion.gene_table import GeneTable
@@ -30,10 +29,10 @@ from genescale.ingestion.obs_columns import TARGETS, summed_notes
 from genescale.ingestion.plan import Failure, Unit, cut, guarded, opened
 from genescale.ingestion.report import SourceReport
 from genescale.ingestion.source_configs import source_configs
-from genescale.ingestion.source_facts import source_facts
+from genescale.ingestion.source_facts import check_tally, source_facts
 from genescale.ingestion.tally import Tally
 from genescale.ingestion.tokenise import write_part
-from genescale.platform.errors import AtlasError, NotCountsError
+from genescale.platform.errors import AtlasError
 from genescale.platform.settings import StorageSettings
 from genescale.platform.storage import Store
 from genescale.platform.vocabulary import Vocabulary
@@ -210,23 +209,6 @@ def _try(
             raise
         fix = f"{error.fix} This is judged by a sample of the cells: --full reads them all.".strip()
         raise type(error)(error.what, where=error.where, fix=fix) from error
-
-
-def check_tally(tally: Tally, config: IngestConfig, *, where: str) -> None:
-    """AtlasError or NotCountsError when these cells would make an ingest refuse their file."""
-    bad = tally.dropped.get("bad_values", 0)
-    if bad > config.max_bad_cells * tally.read:
-        raise NotCountsError(
-            f"{bad:,} of {tally.read:,} cells hold values that are no counts; {config.max_bad_cells:.1%} are allowed.",
-            where=where,
-            fix="Give raw counts, or look at the values: this is rarely a few damaged cells.",
-        )
-    check_enough_cells(tally, config, where=where)
-    if not tally.kept:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(tally.dropped.items()))
-        raise AtlasError(f"no cell is left of {tally.read:,} ({reasons}).", where=where)
-    if tally.largest_count < 2:
-        raise NotCountsError("no count exceeds 1: these are detection calls.", where=where, fix="Give raw counts.")
 
 
 def _ranges(atlas: Atlas, *, full: bool) -> Ranges:

@@ -288,8 +288,8 @@ def unit_pass(
     facts["largest_total"] = largest
     if bins_g2 is None:
         return facts, counter.histogram().to_bytes()
-    genes, values = (b"".join(pair[side].tobytes() for pair in found) for side in (0, 1))
-    return {**facts, "found": len(genes) // 8}, genes + values
+    genes_v, values_v = (b"".join(pair[side].tobytes() for pair in found) for side in (0, 1))
+    return {**facts, "found": len(genes_v) // 8}, genes_v + values_v
 
 
 def _taken(

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from genescale.ingestion.atlas import Atlas
-from genescale.ingestion.cells import check_enough_cells
 from genescale.ingestion.config import IngestConfig as IngestConfig
 from genescale.ingestion.corpus import Corpus, NewPart
 from genescale.ingestion.duplicates import resolve
@@ -33,11 +32,11 @@ from genescale.ingestion.obs_columns import summed_notes
 from genescale.ingestion.plan import Failure, Inspected, inspect_files
 from genescale.ingestion.report import IngestReport, SourceReport
 from genescale.ingestion.source_configs import source_configs
-from genescale.ingestion.source_facts import source_facts
+from genescale.ingestion.source_facts import check_tally, source_facts
 from genescale.ingestion.sources import find_sources
 from genescale.ingestion.tokenise import Tally
 from genescale.ingestion.unit_work import Known, Work, run_unit, tables_of
-from genescale.platform.errors import AtlasError, GenescaleError, NotCountsError
+from genescale.platform.errors import GenescaleError
 from genescale.platform.progress import SILENT, Progress
 from genescale.platform.storage import Store
 from genescale.platform.vocabulary import Vocabulary
@@ -158,7 +157,6 @@ def _commit(
     for part in made:
         report.tally.add(Tally(**part["tally"]))
     report.notes = (*report.notes, *summed_notes(note for part in made for note in part["notes"]))
-    _check_bad_cells(report, one.config, file.uri)
     quarantine = [pq.read_table(io.BytesIO(data)) for task in tasks for data in task["quarantine"]]
     parts = [NewPart(**part["part"]) for part in made if part["part"]]
     if one.config.duplicates != "off" and parts:
@@ -169,7 +167,8 @@ def _commit(
         quarantine.append(found.dropped)
     report.parts, report.part_bytes = len(parts), sum(part.size_bytes for part in parts)
     report.quarantined = sum(table.num_rows for table in quarantine)
-    _reconcile(file, report, one.config)
+    _reconcile(file, report)
+    check_tally(report.tally, one.config, where=file.uri, held_by=list(report.duplicates.get("matches", {})))
     return corpus.commit_source(
         one.source,
         one.dataset_id,
@@ -191,18 +190,8 @@ def _side_files(report: SourceReport, genes: bytes, quarantine: Sequence[pa.Tabl
     return files
 
 
-def _check_bad_cells(report: SourceReport, config: IngestConfig, uri: str) -> None:
-    bad, read = report.tally.dropped.get("bad_values", 0), report.tally.read
-    if bad > config.max_bad_cells * read:
-        raise NotCountsError(
-            f"{bad:,} of {read:,} cells hold values that are no counts; {config.max_bad_cells:.1%} are allowed.",
-            where=uri,
-            fix="Give raw counts, or look at the values: this is rarely a few damaged cells.",
-        )
-
-
-def _reconcile(file: Inspected, report: SourceReport, config: IngestConfig) -> None:
-    """Refuse a source that brings nothing or no real counts; fail loudly when a cell is unaccounted for."""
+def _reconcile(file: Inspected, report: SourceReport) -> None:
+    """Fail loudly when a cell of the file is neither kept nor dropped."""
     tally = report.tally
     if not tally.read == file.n_cells == tally.kept + tally.n_dropped:
         raise GenescaleError(
@@ -210,11 +199,3 @@ def _reconcile(file: Inspected, report: SourceReport, config: IngestConfig) -> N
             where=file.uri,
             fix="Please report it.",
         )
-    if not tally.kept:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(tally.dropped.items()))
-        held = ", ".join(report.duplicates.get("matches", {}))
-        fix = f"Its cells are in {held}: leave the file out." if held else ""
-        raise AtlasError(f"no cell is left of {tally.read:,} ({reasons}).", where=file.uri, fix=fix)
-    if tally.largest_count < 2:
-        raise NotCountsError("no count exceeds 1: these are detection calls.", where=file.uri, fix="Give raw counts.")
-    check_enough_cells(tally, config, where=file.uri)

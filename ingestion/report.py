@@ -41,8 +41,6 @@ class SourceReport:
     kind: str = ""
     """Format: `h5ad`, `zarr`, `loom`, `10x-h5` or `mtx`."""
     size_bytes: int = 0
-    bytes_read: int = 0
-    """Bytes that tasks fetched from storage; 0 when nobody counted them."""
     counts_slot: str = ""
     slot_reason: str = ""
     slots_seen: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -184,9 +182,9 @@ class IngestReport:
         return self.total.tokens
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes fetched from storage, or the sizes of the sources where nobody counted."""
-        return sum(source.bytes_read or source.size_bytes for source in self.of("ingested"))
+    def source_bytes(self) -> int:
+        """Sizes of the sources that were ingested now."""
+        return sum(source.size_bytes for source in self.of("ingested"))
 
     @property
     def share_of_counts(self) -> float | None:
@@ -212,7 +210,7 @@ class IngestReport:
             "seconds": round(self.seconds, 3),
             "ok": self.ok,
             "cells_per_second": round(self.cells_per_second, 1),
-            "bytes_read": self.bytes_read,
+            "source_bytes": self.source_bytes,
             "share_of_counts": self.share_of_counts,
             "vocabulary": dict(self.vocabulary),
             "recipe": dict(self.recipe),

@@ -134,8 +134,8 @@ def throughput(report: IngestReport) -> str:
         f"{read:,} cells in {report.seconds:,.1f} s of the clock and {work:,.1f} s of work in all tasks: "
         f"{read / work:,.0f} cells per second of work."
     )
-    if report.bytes_read:
-        text += f" The sources hold {size(report.bytes_read)}{_written(report)}."
+    if report.source_bytes:
+        text += f" The sources hold {size(report.source_bytes)}{_written(report)}."
     drawn = f"{stacked_bar(steps, label='work time of all sources')}{legend(steps, values=True)}" if steps else ""
     rows = "".join(_speed(source) for source in sorted(sources, key=lambda s: s.tally.read / s.seconds))
     head = "".join(

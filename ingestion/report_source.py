@@ -61,7 +61,12 @@ def _done(source: SourceReport) -> str:
     """What was decided, with the reasons, as pairs of terms and texts."""
     tally = source.tally
     pairs: list[tuple[str, str]] = [("file", source.uri)]
-    pairs.append(("format", " ".join(part for part in (source.kind, _sized(source)) if part)))
+    pairs.append(
+        (
+            "format",
+            " ".join(part for part in (source.kind, (size(source.size_bytes) if source.size_bytes else "")) if part),
+        )
+    )
     seen = dict(source.slots_seen)
     pairs.append(
         ("counts from", f"{source.counts_slot}: {seen.pop(source.counts_slot, source.slot_reason)}".rstrip(": "))
@@ -83,11 +88,6 @@ def _done(source: SourceReport) -> str:
     pairs.append(("in the corpus", _place(source)))
     pairs.append(("work time", f"{source.seconds:,.1f} s" if source.seconds else ""))
     return f"<dl>{''.join(f'<dt>{escaped(term)}</dt><dd>{escaped(text)}</dd>' for term, text in pairs if text)}</dl>"
-
-
-def _sized(source: SourceReport) -> str:
-    told = f"{size(source.size_bytes)}" if source.size_bytes else ""
-    return f"{told}, {size(source.bytes_read)} fetched" if told and source.bytes_read else told
 
 
 def _values(source: SourceReport) -> str:

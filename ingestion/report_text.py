@@ -89,7 +89,7 @@ def _noted(report: IngestReport) -> dict[str, list[str]]:
 
 
 def _bytes(report: IngestReport) -> str:
-    return f", {size(report.bytes_read)} read" if report.bytes_read else ""
+    return f", {size(report.source_bytes)} read" if report.source_bytes else ""
 
 
 def _plain(text: str) -> str:

@@ -1,15 +1,19 @@
-"""What is known of a source once it is open and its genes are mapped: facts of its report, before any cell is read."""
+"""What speaks for and against a source: facts known once it is open, and what became of its cells."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from genescale.ingestion.atlas import Atlas
+from genescale.ingestion.cells import BAD_VALUES, check_enough_cells
 from genescale.ingestion.config import IngestConfig
 from genescale.ingestion.gene_checks import declared_organisms
 from genescale.ingestion.genes import GeneMap, gene_report
 from genescale.ingestion.obs_columns import filled_from
 from genescale.ingestion.species import species_label, species_of_ids
+from genescale.ingestion.tally import Tally
+from genescale.platform.errors import AtlasError, NotCountsError
 from genescale.platform.vocabulary import Vocabulary
 
 
@@ -30,6 +34,27 @@ def source_facts(atlas: Atlas, genes: GeneMap, vocabulary: Vocabulary, config: I
         "obs_columns": {name: column for name, column in filled_from(atlas, config.obs).items() if column},
         "notes": sorted({*atlas.notes, *genes.notes}),
     }
+
+
+def check_tally(tally: Tally, config: IngestConfig, *, where: str, held_by: Sequence[str] = ()) -> None:
+    """AtlasError or NotCountsError when what became of the cells speaks against the whole file.
+
+    held_by: datasets that hold cells equal to those of this file.
+    """
+    bad = tally.dropped.get(BAD_VALUES, 0)
+    if bad > config.max_bad_cells * tally.read:
+        raise NotCountsError(
+            f"{bad:,} of {tally.read:,} cells hold values that are no counts; {config.max_bad_cells:.1%} are allowed.",
+            where=where,
+            fix="Give raw counts, or look at the values: this is rarely a few damaged cells.",
+        )
+    check_enough_cells(tally, config, where=where)
+    if not tally.kept:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(tally.dropped.items()))
+        fix = f"Its cells are in {', '.join(held_by)}: leave the file out." if held_by else ""
+        raise AtlasError(f"no cell is left of {tally.read:,} ({reasons}).", where=where, fix=fix)
+    if tally.largest_count < 2:
+        raise NotCountsError("no count exceeds 1: these are detection calls.", where=where, fix="Give raw counts.")
 
 
 def _species(atlas: Atlas, vocabulary: Vocabulary) -> str:

@@ -1,6 +1,8 @@
 """What a gene column's name says of itself: an id or a symbol, of which species, a spike-in, a virus, no gene at all.
 
 Only the name is looked at here; what a vocabulary makes of it is decided in `genes.py`.
+
+Axis suffixes: `g` gene columns of the file.
 """
 
 from __future__ import annotations
@@ -10,6 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 ENSEMBL_ID = re.compile(r"ENS[A-Z]*[0-9]{6,}(\.[0-9]+)?(_PAR_Y)?")
 HUMAN = "Homo sapiens"
@@ -98,6 +105,24 @@ _NO_GENE = re.compile(
     r"(CHR)?([0-9]{1,2}|[XYM]|MT)[:-][0-9]+-[0-9]+|.+[_-]TOTALSEQ.?[ABCD]?|(HASHTAG|HTO|ADT|CMO)[_-]?[0-9]+.*|ADT[_-].+"
     r"|_*(NO_FEATURE|AMBIGUOUS|TOO_LOW_AQUAL|NOT_ALIGNED|ALIGNMENT_NOT_UNIQUE|UNMAPPED|MULTIMAPPING|NOFEATURE)"
 )
+# What a name may begin with, end with or hold when it is more than a symbol in capitals; not all such names are.
+_VIRUSES_BEGIN = (
+    "SARS", "SCOV2", "HCOV", "HIV", "HSV", "EBV", "HCMV", "KSHV", "HHV", "HBV", "HCV", "IAV", "RSV", "NC_045512",
+    "GENE-GU280", "GU280",
+)  # fmt: skip
+_SPIKE_INS_BEGIN = ("GSPIKE", "SIRV", "SPIKE", "PHI", "GENE:")
+_NO_GENES_BEGIN = (
+    "HASHTAG", "HTO", "ADT", "CMO", "_", "NO_FEATURE", "AMBIGUOUS", "TOO_LOW_AQUAL", "NOT_ALIGNED",
+    "ALIGNMENT_NOT_UNIQUE", "UNMAPPED", "MULTIMAPPING", "NOFEATURE",
+)  # fmt: skip
+_IDS_BEGIN = ("ENS", "FBGN", "WBGENE")
+# A second look at every name of a table would take longer than reading its counts; Arrow finds at once the few names
+# that deserve it. Whatever is more than capitals, digits and signs does.
+_UNUSUAL = (
+    rf"^(?i:{_ANY_ASSEMBLY})|[^!-`{{-~]|[a-z][a-z]|^[A-Z][a-z]|ERCC|TOTALSEQ|-[0-9]+$|^(?i:"
+    + "|".join(map(re.escape, (*_VIRUSES_BEGIN, *_SPIKE_INS_BEGIN, *_NO_GENES_BEGIN, *_IDS_BEGIN)))
+    + ")"
+)
 # One capital followed by small letters: the spelling of mouse and rat symbols. No approved human symbol has it.
 _MOUSE_SPELLING = re.compile(r"(?:[A-Z][a-z][A-Za-z0-9.-]*|mt-[A-Z][A-Za-z0-9]*|[0-9]{7}[A-Z][0-9]{2}Rik)")
 # The mitochondrial genome carries 37 genes: 13 for proteins, 2 for ribosomal and 22 for transfer RNA.
@@ -130,30 +155,46 @@ def read_name(text: str) -> GeneName:
     if ("_" in spelled or "-" in spelled) and (match := _PREFIXED.match(spelled)):
         species, spelled, prefixed = genome_species(match["genome"]), spelled[match.end() :], True
     core = spelled.upper()
-    if match := _GENE_ID.fullmatch(core):
+    if core.startswith(_IDS_BEGIN) and (match := _GENE_ID.fullmatch(core)):
         prefix, on_y, version, par_y = match.groups()
         known = _BY_PREFIX.get(prefix)
         kind = "par_y" if on_y or par_y else "id"
         core = core if par_y or not version else core[: match.start(3)]
         return GeneName(core, spelled, kind, known.name if known else f"ids {prefix}…", prefixed, bool(version))
-    if _OTHER_ID.fullmatch(core):
+    if core.startswith("ENS") and _OTHER_ID.fullmatch(core):
         return GeneName(core, spelled, "id", "", prefixed, False)
     return GeneName(core, spelled, _kind_of_symbol(core), species, prefixed, False)
 
 
 def _kind_of_symbol(core: str) -> str:
     # Few names have the marks of these kinds, and three patterns for each of 60,000 names would take a while.
-    marked = "ERCC" in core or core.startswith(("GSPIKE", "SIRV", "SPIKE", "PHI", "GENE:"))
-    if marked and _SPIKE_IN.fullmatch(core):
+    if ("ERCC" in core or core.startswith(_SPIKE_INS_BEGIN)) and _SPIKE_IN.fullmatch(core):
         return "spike_in"
-    if _VIRUS.fullmatch(core):
+    if core.startswith(_VIRUSES_BEGIN) and _VIRUS.fullmatch(core):
         return "virus"
-    return "no_gene" if _NO_GENE.fullmatch(core) else "symbol"
+    marked = core.startswith(_NO_GENES_BEGIN) or "TOTALSEQ" in core or ("-" in core and core[-1].isdigit())
+    return "no_gene" if marked and _NO_GENE.fullmatch(core) else "symbol"
+
+
+def usual_names(names_g: pa.Array, home: str) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Masks (g) of the names that need no taking apart: plain gene ids of a species, and plain symbols in capitals.
+
+    `read_name` finds in the former an id of `home` without a version, in the latter a symbol of no species.
+    """
+    prefix = next((species.gene_prefix for species in SPECIES if species.name == home), None)
+    ids = pc.match_substring_regex(names_g, f"^{prefix}[0-9]{{6,}}$") if prefix else pa.repeat(False, len(names_g))
+    symbols = pc.and_not(pc.greater(pc.binary_length(names_g), 0), pc.match_substring_regex(names_g, _UNUSUAL))
+    return _as_mask(ids), _as_mask(symbols)
+
+
+def _as_mask(values: pa.Array) -> npt.NDArray[np.bool_]:
+    mask: npt.NDArray[np.bool_] = values.to_numpy(zero_copy_only=False)
+    return mask
 
 
 def mouse_spelled(symbol: str) -> bool:
     """Whether a symbol is spelled as mouse and rat symbols are: `Actb`, `mt-Nd1`."""
-    return bool(_MOUSE_SPELLING.fullmatch(symbol))
+    return not symbol.isupper() and bool(_MOUSE_SPELLING.fullmatch(symbol))
 
 
 def genome_species(genome: str) -> str:
@@ -164,7 +205,12 @@ def genome_species(genome: str) -> str:
 
 def ensembl_share(names: Sequence[str]) -> float:
     """Share of the names that are Ensembl ids, with or without the prefix of a genome."""
-    return sum(_is_ensembl(name) for name in names) / max(len(names), 1)
+    if not len(names):
+        return 0.0
+    plain = pc.utf8_upper(pc.utf8_trim_whitespace(pa.array(names, pa.string())))
+    ids = pc.match_substring_regex(plain, f"^(?:{ENSEMBL_ID.pattern})$")
+    prefixed = pc.and_(pc.match_substring(plain, "ENS"), pc.invert(pc.starts_with(plain, "ENS")))
+    return (pc.sum(ids).as_py() + sum(map(_is_ensembl, plain.filter(prefixed).to_pylist()))) / len(names)
 
 
 def _is_ensembl(name: str) -> bool:

@@ -65,7 +65,7 @@ class Tally:
     def drop(self, other: Tally) -> None:
         """Take cells that had been kept out again: `other` holds them as dropped, with their tokens and bins."""
         self.kept -= other.n_dropped
-        self.dropped = _sum_by_name(self.dropped, other.dropped)
+        self.dropped = {name: int(cells) for name, cells in _sum_by_name(self.dropped, other.dropped).items()}
         self.tokens -= other.tokens
         self.cropped -= other.cropped
         for name in ("length_bins", "depth_bins", "genes_bins"):

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import io
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from genescale.ingestion.cells import BAD_VALUES, KEPT, CellRules, counts_reason
 from genescale.ingestion.counts import explain, fractions, refuse_equal_sums
 from genescale.ingestion.genes import FATES, GeneMap
 from genescale.ingestion.kernel import FAULTS, RankedRows, rank_rows
-from genescale.ingestion.obs_columns import harmonised
+from genescale.ingestion.obs_columns import harmonised, library_size_notes
 from genescale.ingestion.parts import PartWriter
 from genescale.ingestion.plan import Unit, blocks
 from genescale.ingestion.records import dataset_folder
@@ -57,7 +57,8 @@ class _Work:
     bad_values: Literal["refuse", "quarantine"]
     reasons_n: list[str]
     obs: Mapping[str, pa.Array]
-    seconds: Counter[str]
+    seconds: dict[str, float]
+    notes: list[str]
 
 
 def write_part(
@@ -81,7 +82,7 @@ def write_part(
     dropped as a Parquet file (QUARANTINE_SCHEMA; empty if there is none). Raises NotCountsError or AtlasError for
     values that are no counts, unless `bad_values` is `quarantine`: then only their cells are dropped.
     """
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     with _timed(seconds, "obs"):
         obs, notes = harmonised(atlas, unit.start, unit.stop, mapping=obs_mapping, keep_obs=cell_rules.keep_obs)
         reasons = obs_reasons(cell_rules, atlas, unit.start, unit.stop)
@@ -96,6 +97,7 @@ def write_part(
         reasons_n=reasons,
         obs={name: _array(values) for name, values in obs.items()},
         seconds=seconds,
+        notes=notes,
     )
     tally, dropped, writer = Tally(), [], PartWriter(part_schema(vocabulary.token_dtype))
     for start, stop in blocks(atlas, unit):
@@ -129,6 +131,8 @@ def _rows(work: _Work, start: int, stop: int) -> tuple[pa.Table, Tally, pa.Table
     with _timed(work.seconds, "rank"):
         ranked = rank_rows(rows, work.genes, work.vocabulary, allow_fractional=work.allow_fractional)
         _check_counts(work, rows, ranked, start)
+    with _timed(work.seconds, "obs"):
+        work.notes.extend(library_size_notes(work.atlas, start, stop, ranked.totals_n))
     reasons_n = _reasons(work, ranked, start, stop)
     kept_n = reasons_n == KEPT
     table = _table(work, ranked, kept_n, start)
@@ -234,7 +238,7 @@ def _array(values: Any) -> pa.Array:
 
 
 @contextlib.contextmanager
-def _timed(seconds: Counter[str], step: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     began = time.process_time()
     yield
     seconds[step] += time.process_time() - began

@@ -77,7 +77,7 @@ def metrics(report: IngestReport) -> dict[str, float]:
         "cells_cropped": total.cropped,
         "seconds": report.seconds,
         "cells_per_second": report.cells_per_second,
-        "bytes_read": report.bytes_read,
+        "source_bytes": report.source_bytes,
         **{f"dropped.{reason}": cells for reason, cells in total.dropped.items()},
     }
     for name, spread in spreads(total).items():

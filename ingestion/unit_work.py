@@ -13,7 +13,7 @@ from typing import Any
 from genescale.ingestion.atlas import Atlas
 from genescale.ingestion.config import IngestConfig
 from genescale.ingestion.gene_table import GeneTable
-from genescale.ingestion.genes import GeneMap, map_genes
+from genescale.ingestion.genes import GeneMap, GeneRules, map_genes
 from genescale.ingestion.plan import Unit, guarded, opened, pieces
 from genescale.ingestion.tokenise import write_part
 from genescale.platform.storage import Store
@@ -31,7 +31,7 @@ class Known:
         """The vocabulary of the corpus."""
         return self._fetched()[0]
 
-    def table(self, config: IngestConfig) -> GeneTable | None:
+    def table(self, config: GeneRules) -> GeneTable | None:
         """The gene table that a config names."""
         return self._fetched()[1][config.gene_table] if config.gene_table else None
 

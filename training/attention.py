@@ -107,12 +107,13 @@ def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments
 
 
 def _segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> torch.Tensor:
-    outputs, start = [], 0
-    for length, count in segments.runs():
-        stop = start + length * count
-        run = [x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
+    runs = segments.runs()
+    # Split and not sliced: the gradient of a slice is as long as the whole stream, once for every run.
+    parts = zip(*(x.split([length * count for length, count in runs]) for x in (q, k, v)), strict=True)
+    outputs = []
+    for (length, count), part in zip(runs, parts, strict=True):
+        run = [x.unflatten(0, (count, length)).transpose(1, 2) for x in part]
         outputs.append(functional.scaled_dot_product_attention(*run).transpose(1, 2).flatten(0, 1))
-        start = stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -29,6 +29,7 @@ import torch
 from genescale.platform.errors import CorpusError, SettingsError
 from genescale.platform.vocabulary import Vocabulary
 from genescale.training.cells import CorpusCells as CorpusCells
+from genescale.training.cells import Indices
 from genescale.training.cells import MemoryCells as MemoryCells
 from genescale.training.masking import Masking
 from genescale.training.model import PackedBatch, pack
@@ -48,8 +49,11 @@ class CellSource(Protocol):
     donors: npt.NDArray[np.int32]
     """(n) number of each cell's donor; -1 where the donor is not known."""
 
-    def tokens(self, indices: Sequence[int]) -> list[np.ndarray]:
+    def tokens(self, indices: Indices) -> list[np.ndarray]:
         """The tokens of these cells, in this order."""
+
+    def warm(self, indices: npt.NDArray[np.integer]) -> None:
+        """Called in a thread with cells that will be asked for soon, in any order."""
 
     def origin(self, indices: Sequence[int]) -> list[tuple[str, int]]:
         """(dataset, row in its source file) of these cells: where a person finds them."""
@@ -186,7 +190,7 @@ class StepBatch:
 
 
 def micro_batch(
-    cells: Sequence[np.ndarray], indices: Sequence[int], masking: Masking, *, epoch: int, dropout_seed: int = 0
+    cells: Sequence[np.ndarray], indices: Indices, masking: Masking, *, epoch: int, dropout_seed: int = 0
 ) -> MicroBatch:
     """Mask and pack cells; `indices` are their numbers in the corpus, which the masks depend on."""
     if not len(indices):
@@ -215,12 +219,46 @@ def step_batches(
     """The optimiser steps `first` + 1 ... `last` as worker `rank` of `workers` sees them."""
     check_workers(plan.lanes, workers)
     epoch, step = plan.locate(first) if first < last else (0, 0)
+    ahead = _Ahead(source, plan)
     for done in range(first, last):
         if step == plan.epoch(epoch).n_steps:
             epoch, step = epoch + 1, 0
+        ahead.reach(epoch, step)
         lanes = range(rank, plan.lanes, workers)
         yield _step_batch(source, plan.epoch(epoch), masking, (epoch, step), done + 1, lanes)
         step += 1
+
+
+class _Ahead:
+    """Has the cells of the next group of blocks read while those of the present one are trained on.
+
+    Without it the first step in a group would wait for all its row groups at once.
+    """
+
+    def __init__(self, source: CellSource, plan: BatchPlan) -> None:
+        self._source, self._plan = source, plan
+        self._place: tuple[int, int] | None = None
+        self._thread: threading.Thread | None = None
+
+    def reach(self, epoch: int, step: int) -> None:
+        """Training has come to this step."""
+        group_cells = BLOCK_CELLS * BLOCKS
+        planned = self._plan.epoch(epoch)
+        place = (epoch, int(planned.starts[step * planned.lanes]) // group_cells)
+        busy = self._thread is not None and self._thread.is_alive()
+        # A corpus of one group is in memory after its first epoch begins.
+        if place != self._place and not busy and len(planned.order) > group_cells:
+            self._place = place
+            self._thread = threading.Thread(target=self._warm, args=place, name="read-ahead", daemon=True)
+            self._thread.start()
+
+    def _warm(self, epoch: int, group: int) -> None:
+        group_cells = BLOCK_CELLS * BLOCKS
+        start = (group + 1) * group_cells
+        order = self._plan.epoch(epoch).order
+        if start >= len(order):
+            order, start = self._plan.epoch(epoch + 1).order, 0
+        self._source.warm(order[start : start + group_cells])
 
 
 def evaluation_batches(
@@ -239,9 +277,9 @@ def _step_batch(
     indices = [plan.micro_batch(step, lane) for lane in lanes]
     seeds = [_dropout_seed(masking.seed, epoch, step, lane) for lane in lanes]
     # One read for all lanes of the worker: they often share Parquet parts.
-    cells = iter(source.tokens([int(i) for lane in indices for i in lane]))
+    cells = iter(source.tokens(np.concatenate(indices)))
     batches = [
-        micro_batch([next(cells) for _ in chosen], list(chosen), masking, epoch=epoch, dropout_seed=seed)
+        micro_batch([next(cells) for _ in chosen], chosen, masking, epoch=epoch, dropout_seed=seed)
         for chosen, seed in zip(indices, seeds, strict=True)
     ]
     lengths = source.lengths[plan.step_cells(step)].astype(np.int64)

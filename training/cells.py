@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from genescale.platform.errors import StorageError
 from genescale.platform.patience import PATIENT, Patience, patiently
+from genescale.platform.storage import Store
 from genescale.platform.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -25,6 +28,11 @@ _HELD_OUT_STREAM = 3
 DONOR_SHARE, CELL_SHARE = 5, 10
 
 
+Indices = Sequence[int] | npt.NDArray[np.integer]
+# Cells that lie closer than this share a row group, as a rule: reading one of them brings the others along.
+NEIGHBOURS = 1_024
+
+
 class MemoryCells:
     """Cells held in memory: for tests, notebooks and benchmarks without a corpus."""
 
@@ -36,13 +44,32 @@ class MemoryCells:
         self.lengths = np.array([len(cell) for cell in self._cells], dtype=np.int64)
         self.donors = np.full(len(cells), -1, np.int32) if donors is None else np.asarray(donors, dtype=np.int32)
 
-    def tokens(self, indices: Sequence[int]) -> list[np.ndarray]:
+    def tokens(self, indices: Indices) -> list[np.ndarray]:
         """The tokens of these cells, in this order."""
         return [self._cells[index] for index in indices]
+
+    def warm(self, indices: npt.NDArray[np.integer]) -> None:
+        """They are in memory."""
 
     def origin(self, indices: Sequence[int]) -> list[tuple[str, int]]:
         """Their positions."""
         return [("memory", int(index)) for index in indices]
+
+
+def training_corpus(reference: str, store: Store, *, version: int | None = None, group_cells: int) -> Corpus:
+    """A corpus to train on: it may keep two groups of `group_cells` decoded cells of full length in this process.
+
+    That is the group which is trained on and the next one, which is read ahead, whatever the size of the corpus.
+    """
+    from genescale.ingestion.corpus import DEFAULT_CACHE_BYTES, Corpus
+
+    corpus = Corpus.open(reference, store, version=version)
+    vocabulary = corpus.vocabulary
+    cell_bytes = vocabulary.window * np.dtype(vocabulary.token_dtype).itemsize
+    cache_bytes = 2 * min(group_cells, corpus.n_cells) * cell_bytes
+    if cache_bytes <= DEFAULT_CACHE_BYTES:
+        return corpus
+    return Corpus.open(corpus.uri, store, version=corpus.version, cache_bytes=cache_bytes)
 
 
 class CorpusCells:
@@ -56,9 +83,17 @@ class CorpusCells:
         self.donors = np.empty(corpus.n_cells, dtype=np.int32)
         self._read_columns()
 
-    def tokens(self, indices: Sequence[int]) -> list[np.ndarray]:
+    def tokens(self, indices: Indices) -> list[np.ndarray]:
         """The tokens of these cells, in this order."""
         return patiently(lambda: self._corpus.tokens(indices), patience=self._patience, what="reading cells")
+
+    def warm(self, indices: npt.NDArray[np.integer]) -> None:
+        """Read one cell of each row group that these cells lie in; the corpus keeps what it has decoded."""
+        _, firsts = np.unique(indices // NEIGHBOURS, return_index=True)
+        for cell in indices[firsts]:
+            # What storage refuses now is asked for again, and reported, when a batch needs it.
+            with contextlib.suppress(StorageError):
+                self._corpus.tokens([int(cell)])
 
     def origin(self, indices: Sequence[int]) -> list[tuple[str, int]]:
         """(dataset, row in its source file) of these cells."""

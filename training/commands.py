@@ -67,9 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _what_to_run(arguments: argparse.Namespace, store: Store) -> tuple[PretrainConfig, Corpus, str]:
     """(recipe, pinned corpus, address of the run's folder) of a new run or of one to go on with."""
-    from genescale.ingestion.corpus import Corpus
     from genescale.platform.address import parse
     from genescale.platform.storage import join
+    from genescale.training.batches import BLOCK_CELLS, BLOCKS
+    from genescale.training.cells import training_corpus
     from genescale.training.pretrain import default_name
     from genescale.training.recipe import changed_recipe, read_recipe
     from genescale.training.run_files import RunFolder
@@ -83,14 +84,15 @@ def _what_to_run(arguments: argparse.Namespace, store: Store) -> tuple[PretrainC
         folder = RunFolder.find(store, arguments.resume, arguments.output)
         identity = folder.identity()
         arguments.workers = arguments.workers or int(folder.launch().get("workers", 1))
-        corpus = Corpus.open(identity.corpus_uri, store, version=identity.corpus_version)
+        pinned = identity.corpus_version
+        corpus = training_corpus(identity.corpus_uri, store, version=pinned, group_cells=BLOCK_CELLS * BLOCKS)
         return changed_recipe(identity.recipe, arguments.set), corpus, folder.uri
     if not arguments.recipe or not arguments.corpus:
         raise SettingsError(
             "a recipe and a corpus are needed.", fix="Write: genescale pretrain RECIPE --corpus URI, or --resume RUN."
         )
     config = read_recipe(arguments.recipe, arguments.set)
-    corpus = Corpus.open(arguments.corpus, store)
+    corpus = training_corpus(arguments.corpus, store, group_cells=BLOCK_CELLS * BLOCKS)
     return config, corpus, join(parse(arguments.output).uri, arguments.name or default_name(config, corpus))
 
 

@@ -23,6 +23,8 @@ from genescale.training.weights import load_encoder
 
 Layer = Literal["last", "second_to_last"]
 Pooling = Literal["mean_genes", "cls"]
+# Imported classifiers of vocabularies without <cls> read the first gene, so there is one more than can be asked for.
+HeadPooling = Literal["mean_genes", "cls", "first_token"]
 LAYERS: tuple[Layer, ...] = get_args(Layer)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 Precision = Literal["float32", "bfloat16"]
@@ -36,9 +38,9 @@ def layers_to_run(layer: Layer, n_layers: int) -> int:
     return n_layers if layer == "last" else n_layers - 1
 
 
-def check_pooling(pooling: Pooling, vocabulary: Vocabulary) -> None:
+def check_pooling(pooling: HeadPooling, vocabulary: Vocabulary) -> None:
     """Raise SettingsError for an unknown pooling, and for `cls` with a vocabulary that has no <cls>."""
-    if pooling not in POOLINGS:
+    if pooling not in get_args(HeadPooling):
         raise SettingsError(f"'{pooling}' is not a pooling.", where="pooling", fix=f"Use one of {', '.join(POOLINGS)}.")
     if pooling == "cls" and vocabulary.cls is None:
         raise SettingsError(
@@ -83,12 +85,13 @@ def plan_batches(lengths_n: np.ndarray, tokens_per_batch: int) -> Iterator[np.nd
         yield order_n[start:]
 
 
-def pool(hidden_td: torch.Tensor, batch: PackedBatch, pooling: Pooling, specials: torch.Tensor) -> torch.Tensor:
+def pool(hidden_td: torch.Tensor, batch: PackedBatch, pooling: HeadPooling, specials: torch.Tensor) -> torch.Tensor:
     """Hidden states (t, d) of a packed batch to one vector per cell, (n, d); keeps gradients.
 
-    `cls` takes the first token of each cell; `mean_genes` the mean over its tokens that are not in `specials`.
+    `cls` and `first_token` take the first token of each cell; `mean_genes` the mean over its tokens that are not in
+    `specials`.
     """
-    if pooling == "cls":
+    if pooling != "mean_genes":
         return hidden_td[batch.offsets[:-1].long()]
     if len(batch.lengths) == 1:
         return hidden_td[~torch.isin(batch.tokens_t, specials)].mean(dim=0, keepdim=True)
@@ -178,7 +181,7 @@ class Embedder:
         return min(self.vocabulary.window, self._encoder.config.positions)
 
     def embed_cells(
-        self, cells: Sequence[np.ndarray], *, layer: Layer = "second_to_last", pooling: Pooling = "mean_genes"
+        self, cells: Sequence[np.ndarray], *, layer: Layer = "second_to_last", pooling: HeadPooling = "mean_genes"
     ) -> np.ndarray:
         """One vector per cell: (n, d) float32, in the order of `cells` (token arrays as `rank_value_tokens` makes).
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import InputError, IntegrityError, SettingsError
 from genescale.platform.settings import build
-from genescale.training.embedder import TOKENS_PER_BATCH, Embedder, Layer, Pooling
+from genescale.training.embedder import TOKENS_PER_BATCH, Embedder, HeadPooling, Layer
 
 KIND = "cell_classifier"
 HEAD_JSON, HEAD_TENSORS = "head.json", "head.safetensors"
@@ -37,10 +37,12 @@ class HeadSpec:
     width: int
     """Width of the cell vector."""
     layer: Layer
-    pooling: Pooling
+    pooling: HeadPooling
     hidden: int = 0
     """Width of a hidden layer; 0 makes the head linear."""
     dropout: float = 0.1
+    activation: Literal["relu", "tanh"] = "relu"
+    """Of the hidden layer; published classifiers use tanh."""
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
@@ -50,7 +52,7 @@ class HeadSpec:
 
 
 class CellClassHead(nn.Module):
-    """Standardise, drop out, then one linear layer, or two with a ReLU between."""
+    """Standardise, drop out, then one linear layer, or two with an activation between."""
 
     mean_d: torch.Tensor
     scale_d: torch.Tensor
@@ -77,7 +79,8 @@ class CellClassHead(nn.Module):
         """Logits (b, c)."""
         hidden = self.dropout((cells_bd - self.mean_d) / self.scale_d)
         if self.widen is not None:
-            hidden = self.dropout(torch.relu(self.widen(hidden)))
+            activation = torch.tanh if self.spec.activation == "tanh" else torch.relu
+            hidden = self.dropout(activation(self.widen(hidden)))
         return self.output(hidden)
 
     @torch.inference_mode()

@@ -124,6 +124,10 @@ class DirectChunks:
         began = time.thread_time()
         try:
             mask, raw = self._id.read_direct_chunk((number * self._chunk,))
+        except MemoryError:
+            # The index of a damaged file says how many bytes a chunk has, and the library asks for them all.
+            what = f"chunk {number:,} declares more bytes than there is memory."
+            raise AtlasError(what, where=self._where, fix="Download the file again.") from None
         except (OSError, RuntimeError, ValueError) as error:
             if "address is undefined" in str(error) or "not allocated" in str(error) or "not found" in str(error):
                 raise AtlasError(f"chunk {number:,} was never written.", where=self._where, fix=NEVER_WRITTEN) from None

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numcodecs
-from numcodecs.vlen import VLenBytes, VLenUTF8
+import numcodecs  # type: ignore[import-untyped]
+from numcodecs.vlen import VLenBytes, VLenUTF8  # type: ignore[import-untyped]
 from zarr.codecs import vlen_utf8
 
 LENGTH_BYTES = 4

@@ -116,8 +116,11 @@ def test_no_pickle_outside_its_door(path: Path) -> None:
     found = [m for _, m in imports(path) if m.split(".")[0] in {"pickle", "cloudpickle", "joblib", "dill", "shelve"}]
     assert found == []
     assert not re.search(r"allow_pickle\s*=\s*True", text)
-    if relative(path) != "training/engine.py":
-        assert not re.search(r"\btorch\.(load|save)\(", text)
+    assert not re.search(r"\btorch\.save\(", text)
+    # Published weights in pickled form are read as tensors alone.
+    is_door = relative(path) == "training/published.py"
+    loads = re.findall(r"\btorch\.load\(.*", text)
+    assert [line for line in loads if not is_door or "weights_only=True" not in line] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
-from genescale.ingestion.commands import corpus, ingest, medians, simulate
+from genescale.ingestion.commands import genes, ingest, medians, simulate
+from genescale.ingestion.corpus_commands import corpus
 from genescale.platform import cli
 from genescale.platform.errors import CorpusError, SettingsError
 from genescale.platform.vocabulary_command import vocabulary as vocabulary_command
@@ -37,18 +40,20 @@ def test_from_atlas_to_corpus_and_back(
 
     assert ingest(["one.h5ad", "--corpus", "corpus", "--vocabulary", "v.parquet", "--json"]) == 0
     assert printed(capsys)["total"]["kept"] == 20
-    write_atlas("bad.h5ad", counts_of(5).toarray())
+    write_atlas("bad.h5ad", counts_of(5), genes=[f"ENSMUSG{i:011d}" for i in range(60)])
     # The corpus knows its vocabulary; a refused file shows in the exit status and by name.
     assert ingest(["one.h5ad", "bad.h5ad", "--corpus", "corpus"]) == 1
     text = capsys.readouterr().out
     assert "already committed" in text
-    assert "refused  [atlas]" in text
-    assert "bad.h5ad: X: a dense array" in text
+    assert "1 refused" in text
+    assert "[atlas]" in text
+    assert "bad.h5ad" in text
+    assert "Mus musculus" in text
 
     assert corpus(["show", "corpus", "--json"]) == 0
-    assert printed(capsys)["datasets"][0] == {
-        "dataset_id": "one", "cells": 20, "source": str(tmp_path / "one.h5ad"), "version": 1,
-    }  # fmt: skip
+    shown = printed(capsys)["datasets"][0]
+    assert (shown["dataset_id"], shown["cells"], shown["version"]) == ("one", 20, 1)
+    assert shown["source"] == str(tmp_path / "one.h5ad")
     assert corpus(["remove", "corpus", "one"]) == 0
     assert corpus(["show", "corpus"]) == 0
     assert "0 in 0 parts" in capsys.readouterr().out
@@ -58,6 +63,81 @@ def test_from_atlas_to_corpus_and_back(
     assert "@1" in capsys.readouterr().out
     with pytest.raises(CorpusError, match="no dataset 'one'"):
         corpus(["remove", "corpus", "one"])
+
+
+def test_the_report_lies_in_the_corpus_or_where_it_is_asked_for(
+    tmp_path: Path,
+    ray_local: None,
+    monkeypatch: pytest.MonkeyPatch,
+    write_atlas: Any,
+    counts_of: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_atlas("one.h5ad", counts_of(20))
+    assert medians(["one.h5ad", "--output", "v.parquet", "--window", "64"]) == 0
+    assert "v.histogram.parquet" in capsys.readouterr().out
+    base = ["one.h5ad", "--corpus", "corpus", "--vocabulary", "v.parquet"]
+    assert ingest(base) == 0
+    (report,) = Path("corpus/_genescale/reports").glob("*/report.json")
+    assert json.loads(report.read_text())["total"]["kept"] == 20
+    assert str(report) in capsys.readouterr().out
+    assert "20" in report.with_name("report.html").read_text()
+    assert ingest(base) == 0
+    assert len(list(Path("corpus/_genescale/reports").iterdir())) == 1, "a run without news writes nothing"
+    assert ingest([*base, "--report", "told"]) == 0
+    assert json.loads(Path("told/report.json").read_text())["sources"][0]["status"] == "already_committed"
+
+
+def test_medians_of_more_atlases_without_reading_the_old_ones_again(
+    tmp_path: Path,
+    ray_local: None,
+    monkeypatch: pytest.MonkeyPatch,
+    write_atlas: Any,
+    counts_of: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_atlas("one.h5ad", counts_of(40))
+    write_atlas("two.h5ad", counts_of(30, seed=4))
+    assert medians(["one.h5ad", "two.h5ad", "--output", "both.parquet"]) == 0
+    assert medians(["one.h5ad", "--output", "one.parquet"]) == 0
+    Path("one.h5ad").unlink()
+    assert medians(["two.h5ad", "--earlier", "one.histogram.parquet", "--output", "added.parquet"]) == 0
+    assert Path("added.parquet").read_bytes() == Path("both.parquet").read_bytes()
+    capsys.readouterr()
+    assert medians(["two.h5ad", "--min-observations-for-median", "25", "--output", "few.parquet", "--json"]) == 0
+    assert printed(capsys)["cells"] == 30
+    origins = pl.read_parquet("few.medians.parquet")
+    assert set(origins.filter(pl.col("observations") < 25)["origin"]) == {"none"}
+    assert origins.filter(pl.col("observations") >= 25)["median"].null_count() == 0
+
+
+def test_symbols_are_harvested_and_used(
+    tmp_path: Path,
+    ray_local: None,
+    monkeypatch: pytest.MonkeyPatch,
+    write_atlas: Any,
+    counts_of: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"LOCAL{i}" for i in range(60)]
+    write_atlas("both.h5ad", counts_of(20), var={"gene_name": names})
+    write_atlas("symbols.h5ad", counts_of(20, seed=2), genes=names)
+    assert medians(["both.h5ad", "--output", "v.tsv", "--window", "64"]) == 0
+    # A vocabulary that knows no symbol; the digest in the first line is of the table before it was edited.
+    _, *lines = Path("v.tsv").read_text().splitlines()
+    assert any("LOCAL5" in line for line in lines)
+    Path("v.tsv").write_text("\n".join(re.sub(r"LOCAL[0-9]+", "", line) for line in lines) + "\n")
+    assert genes(["both.h5ad", "--output", "names.parquet", "--json"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert '"symbols": 60' in "".join(told)
+    base = ["symbols.h5ad", "--corpus", "corpus", "--vocabulary", "v.tsv", "--no-tracking"]
+    assert ingest(base) == 1
+    assert "--gene-table" in capsys.readouterr().out
+    assert ingest([*base, "--gene-table", "names.parquet", "--json"]) == 0
+    assert printed(capsys)["total"]["kept"] == 20
 
 
 def test_vocabulary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,7 +164,7 @@ def test_a_handful_of_damaged_files(bench: Bench) -> None:
 # Damage that once made a library turn in a circle, ask for 16 GB, or raise what nobody expected.
 FOUND_BEFORE = (
     ("loom", 1_042), ("loom", 1_249), ("h5ad-dense", 1_007), ("h5ad-dense", 1_063), ("h5ad-dense", 1_080),
-    ("zarr3-zip", 1_234),
+    ("zarr3-zip", 1_234), ("tenx", 20_366),
 )  # fmt: skip
 
 

@@ -297,6 +297,20 @@ def test_equal_cells_of_two_sources_are_reported_or_left_out(
     assert kept == list(range(10, 20))
 
 
+def test_cells_that_share_a_name_are_told_apart_by_their_row_and_noted(
+    tmp_path: Path, write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store
+) -> None:
+    import anndata
+
+    path = write_atlas("a.h5ad", counts_of(10))
+    data = anndata.read_h5ad(path)
+    data.obs_names = ["AAAC-1"] * 4 + [f"cell{i}" for i in range(6)]
+    data.write_h5ad(path)
+    (source,) = ingest([str(path)], str(tmp_path / "corpus"), vocabulary=vocabulary, store=local_store).sources
+    assert source.tally.kept == 10
+    assert any("3 cells" in note and "row" in note for note in source.notes), source.notes
+
+
 def test_cells_with_bad_values_can_be_set_aside_and_too_many_are_refused(
     tmp_path: Path, write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store
 ) -> None:

@@ -164,7 +164,7 @@ def test_json_has_the_agreed_fields_and_no_foreign_numbers(tmp_path: Path, local
     told = json.loads(text)
     assert told == json.loads(json.dumps(report.to_dict()))
     assert set(told) == {
-        "schema_version", "corpus", "version", "started", "seconds", "ok", "cells_per_second", "bytes_read",
+        "schema_version", "corpus", "version", "started", "seconds", "ok", "cells_per_second", "source_bytes",
         "share_of_counts", "vocabulary", "recipe", "total", "sources", "findings", "ignored_files",
     }  # fmt: skip
     fields = {field.name for field in dataclasses.fields(SourceReport)} - {"tally"}

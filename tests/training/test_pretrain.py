@@ -364,7 +364,9 @@ def test_a_loss_that_is_no_number_stops_with_its_cells_and_registers_nothing(
     where = {"settings": settings, "store": Store(settings.storage), "storage_uri": str(tmp_path), "tracker": tracker}
     wild = dataclasses.replace(CONFIG.optimizer, learning_rate=1e30, warmup_steps=0, clip=0.0, zero_stage=0)
     config = dataclasses.replace(CONFIG, optimizer=wild, log_every=1, checkpoint_every=1)
-    with pytest.raises(TrainingError, match=r"step 2 is nan.*atlas-[01] row \d+.*There is no checkpoint before it"):
+    with pytest.raises(
+        TrainingError, match=r"step 2 is nan.*atlas-[01] row \d+.*The last good checkpoint is step_00000001"
+    ):
         pretrain(config, tiny_corpus, **where)
     assert tracker.models == {}
     assert [run.status for run in tracker.runs.values()] == ["FAILED"]
