@@ -25,11 +25,12 @@ from harness import Row, at_least, at_most, finish, in_turn, measured, parser, t
 from published_trainer import PublishedTrainer, length_grouped, mask_tokens, padded, shuffled
 from ranked_cells import CellPool, cell_pool, reduced
 
-from genescale.training.batches import MicroBatch, StepBatch
+from genescale.training.batches import BatchPlan, MicroBatch, StepBatch, evaluation_batches
 from genescale.training.cells import MemoryCells
 from genescale.training.engine import OptimizerConfig, TorchEngine
 from genescale.training.flops import Utilisation, peak_flops_per_s
-from genescale.training.loop import LoopResult, RunPlan, evaluate, train_loop
+from genescale.training.loop import LoopResult, RunPlan, train_loop
+from genescale.training.masking import Masking
 from genescale.training.model import EncoderConfig, new_model, pack
 from genescale.training.recipe import EncoderShape, PretrainConfig, read_recipe
 from genescale.training.weights import from_hf, to_hf
@@ -257,13 +258,12 @@ def held_out_loss(
     encoder: EncoderConfig, weights: dict[str, np.ndarray], pool: CellPool, held_out: Sequence[np.ndarray]
 ) -> float:
     """Loss on cells nobody trained on, the same genes hidden for all."""
-    # Half of them stand in for a training set that a plan must have; a tenth at most is measured.
-    source = MemoryCells([*held_out] * 10, pool.vocabulary)
-    config = PretrainConfig(encoder=SMALL, token_budget=4_096, lanes=1, held_out_cells=len(held_out))
-    engine = TorchEngine(from_hf(encoder, weights), SMALL_OPTIMIZER, total_steps=1)
-    found = evaluate(engine, source, RunPlan.of(config, source))
-    assert found is not None
-    return found.loss
+    source = MemoryCells(held_out, pool.vocabulary)
+    plan = BatchPlan(lengths=source.lengths, cells=np.arange(len(held_out)), seed=0, token_budget=4_096, lanes=1)
+    batches = evaluation_batches(source, plan, Masking(vocabulary=pool.vocabulary, seed=0), rank=0, workers=1)
+    engine = TorchEngine(from_hf(weights, encoder), SMALL_OPTIMIZER, total_steps=1)
+    nll, _, masked = torch.stack([engine.evaluate(batch.micro_batches) for batch in batches]).sum(0).tolist()
+    return nll / masked
 
 
 def parity(bench: Bench) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Cells for benchmarks of training: real rank-value tokens where the shared data lies beside the repository, else drawn.
+"""Cells for benchmarks of training: real rank-value tokens where the shared data is at hand, else drawn ones.
 
 Real: PBMC 3k and sorted PBMCs (Zheng et al. 2017) as the published tokenizer ranks them, and 500 cells of the published
 pretraining corpus, which fill the window. Drawn: log-normal numbers of genes about as in those, and genes ranked by how

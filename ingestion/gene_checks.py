@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from genescale.ingestion.gene_columns import column_label
-from genescale.ingestion.gene_names import COUNTED, FATES, OTHER_SPECIES, Resolved, Resolver
+from genescale.ingestion.gene_names import AMBIGUOUS, COUNTED, FATES, OTHER_SPECIES, Resolved, Resolver
 from genescale.ingestion.species import MOUSE_OR_RAT, VIRUSES, ensembl_share, is_species, named_species, species_label
 from genescale.platform.errors import AtlasError
 
@@ -160,18 +160,18 @@ def organism_notes(atlas: Atlas, home: str) -> tuple[str, ...]:
 def gene_notes(texts: Sequence[str], found: Resolved) -> tuple[str, ...]:
     """What was mended or left out among the gene columns, a sentence each."""
     notes = []
-    if versioned := sum(name.versioned for name in found.names):
+    if versioned := int(found.versioned_g.sum()):
         notes.append(f"removed the version from {versioned:,} ids")
-    if prefixed := [text for text, name in zip(texts, found.names, strict=True) if name.prefixed]:
-        names = "1 name without its" if len(prefixed) == 1 else f"{len(prefixed):,} names without their"
-        notes.append(f"read {names} genome's prefix, such as '{prefixed[0][:40]}'")
+    if (prefixed := np.flatnonzero(found.prefixed_g)).size:
+        names = "1 name without its" if prefixed.size == 1 else f"{prefixed.size:,} names without their"
+        notes.append(f"read {names} genome's prefix, such as '{texts[prefixed[0]][:40]}'")
     home = int(_CODES_COUNTED[found.fate_g].sum())
     for species, count in found.others.most_common():
         mixture = species not in VIRUSES and MOST_OF_OTHER_SPECIES * count > home
         tail = "; its cells are kept unless --where leaves them out" if mixture else ""
         genes = "1 gene" if count == 1 else f"{count:,} genes"
         notes.append(f"left out {genes} of {species_label(species)}{tail}")
-    if ambiguous := [text for text, fate in zip(texts, found.fate_g, strict=True) if FATES[fate] == "ambiguous"]:
+    if ambiguous := [texts[g] for g in np.flatnonzero(found.fate_g == AMBIGUOUS)]:
         shown = ", ".join(ambiguous[:5])
         named = "symbol that names" if len(ambiguous) == 1 else "symbols that name"
         notes.append(f"dropped {len(ambiguous):,} {named} several genes, such as {shown}")

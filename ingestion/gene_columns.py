@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from genescale.ingestion.species import ensembl_share, genome_species, read_name
+from genescale.ingestion.species import ensembl_marks, ensembl_share, genome_species, read_name
 from genescale.platform.errors import AtlasError, did_you_mean
 
 if TYPE_CHECKING:
@@ -73,13 +73,16 @@ def _holds_ids(var: Frame, name: str) -> bool:
     return False
 
 
-def symbols(atlas: Atlas) -> list[str]:
-    """Gene symbols beside the ids; empty texts where the file has none."""
-    var = atlas.var
+def symbols(atlas: Atlas, read: Mapping[str, list[str]] | None = None) -> list[str]:
+    """Gene symbols beside the ids; empty texts where the file has none. read: columns that were read before."""
+    var, read = atlas.var, read or {}
     for name in SYMBOL_COLUMNS:
-        if name in var.columns and ensembl_share(values := _texts(var, name)) < 0.5 and any(values):
-            return values
-    return ["" if ensembl_share([name]) else name for name in var.index()]
+        if name in var.columns:
+            values = read[name] if name in read else _texts(var, name)
+            if ensembl_share(values) < 0.5 and any(values):
+                return values
+    names = read[INDEX] if INDEX in read else var.index()
+    return ["" if is_id else name for name, is_id in zip(names, ensembl_marks(names), strict=True)]
 
 
 def ensembl_column(columns: Mapping[str, Sequence[str]], *, where: str) -> str:

@@ -8,13 +8,16 @@ Axis suffixes: `g` gene columns of the file.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from genescale.ingestion.gene_table import GeneTable
 from genescale.ingestion.species import (
@@ -26,6 +29,7 @@ from genescale.ingestion.species import (
     mouse_spelled,
     read_name,
     species_of_ids,
+    usual_names,
 )
 from genescale.platform.vocabulary import Vocabulary
 
@@ -41,14 +45,20 @@ COUNTED = frozenset(("mapped", "renamed", "symbol", "unknown", "ambiguous", "par
 MAPPED, RENAMED, SYMBOL, UNKNOWN, AMBIGUOUS, SPIKE_IN, OTHER_SPECIES, OTHER_FEATURE, PAR_Y = range(len(FATES))
 
 
-class Resolved(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resolved:
     """What the names of one column are: fates and tokens (-1 for none), and what is worth telling of them."""
 
-    names: list[GeneName]
+    cores: Sequence[str]
+    """The names in upper case without genome prefix and version."""
     fate_g: npt.NDArray[np.uint8]
     targets_g: npt.NDArray[np.int32]
     one_to_one_g: npt.NDArray[np.bool_]
     """Whether the name leads to exactly one gene, inside the vocabulary or outside."""
+    versioned_g: npt.NDArray[np.bool_]
+    """Whether a version was taken off."""
+    prefixed_g: npt.NDArray[np.bool_]
+    """Whether the prefix of a genome was taken off."""
     others: Counter[str]
     """Other species seen, with the number of their genes."""
 
@@ -59,6 +69,27 @@ class _Answer(NamedTuple):
     one_to_one: bool = False
     former: bool = False
     species: str = ""
+
+    @property
+    def code(self) -> int:
+        """All but the species in one number, so that a column of answers is one array."""
+        return (self.token + 1) << _TOKEN_SHIFT | self.former * _FORMER | self.one_to_one * _ONE_TO_ONE | self.fate
+
+
+_FATE_BITS, _ONE_TO_ONE, _FORMER, _TOKEN_SHIFT = 0xF, 1 << 4, 1 << 5, 8
+_UNKNOWN_ID, _UNKNOWN_SYMBOL = _Answer(UNKNOWN, one_to_one=True), _Answer(UNKNOWN)
+
+
+class _Known:
+    """Answers by name for a whole column at once; `otherwise` for names without one."""
+
+    def __init__(self, answers: Mapping[str, _Answer], otherwise: _Answer) -> None:
+        self._names = pa.array(answers, pa.string())
+        self._codes = np.array([*(answer.code for answer in answers.values()), otherwise.code], dtype=np.int64)
+
+    def codes(self, names_g: pa.Array) -> npt.NDArray[np.int64]:
+        places_g = pc.fill_null(pc.index_in(names_g, self._names), len(self._names)).to_numpy()
+        return self._codes[places_g]
 
 
 class Resolver:
@@ -75,19 +106,56 @@ class Resolver:
                 key = symbol.upper()
                 self._approved[key] = None if key in self._approved else self._by_id[gene]
 
+    @functools.cached_property
+    def mitochondrial_tokens(self) -> npt.NDArray[np.int32]:
+        """Tokens of the genes whose symbol in the vocabulary says that they are mitochondrial."""
+        symbols = enumerate(self.vocabulary.symbols)
+        places = [place for place, symbol in symbols if symbol.upper().startswith("MT-")]
+        return np.asarray(self.vocabulary.token_ids)[places].astype(np.int32)
+
+    @functools.cached_property
+    def _ids(self) -> _Known:
+        return _Known({core: self._of_id(core) for core in (*self._retired, *self._by_id)}, _UNKNOWN_ID)
+
+    @functools.cached_property
+    def _symbols(self) -> _Known:
+        names = dict.fromkeys((*self._retired, *self._by_id, *self._approved, *self._former))
+        return _Known({core: self._of_symbol(core) for core in names}, _UNKNOWN_SYMBOL)
+
     def resolve(self, texts: Sequence[str], marks: Sequence[str]) -> Resolved:
-        """Fates and tokens of a column of names (g); marks: what the table says of each, see `feature_marks`."""
-        names = [read_name(text) for text in texts]
-        answers = [self._answer(name, mark) for name, mark in zip(names, marks, strict=True)]
-        contested = _contested(names, answers)
-        answers = [_Answer(AMBIGUOUS) if answer.former and answer.token in contested else answer for answer in answers]
+        """Fates and tokens of a column of names (g); marks: what the table says of each, see `feature_marks`.
+
+        Nearly all names are plain ids or plain symbols, which are looked up together; only the others are read one by
+        one.
+        """
+        column, cores = pa.array(texts, pa.string()), list(texts)
+        unmarked_g = np.fromiter((mark in ("", self.home) for mark in marks), np.bool_, len(cores))
+        ids_g, symbols_g = (mask & unmarked_g for mask in usual_names(column, self.home))
+        codes_g, others = np.empty(len(cores), dtype=np.int64), Counter[str]()
+        codes_g[ids_g] = self._ids.codes(column.filter(pa.array(ids_g)))
+        codes_g[symbols_g] = self._codes_of_symbols(column.filter(pa.array(symbols_g)))
+        versioned_g, prefixed_g = np.zeros((2, len(cores)), dtype=np.bool_)
+        for g in np.flatnonzero(~(ids_g | symbols_g)).tolist():
+            name = read_name(texts[g])
+            answer = self._answer(name, marks[g])
+            codes_g[g], cores[g], versioned_g[g], prefixed_g[g] = answer.code, name.core, name.versioned, name.prefixed
+            others.update([answer.species] if answer.species else [])
+        codes_g[_contested(cores, codes_g)] = _Answer(AMBIGUOUS).code
         return Resolved(
-            names,
-            np.array([answer.fate for answer in answers], dtype=np.uint8),
-            np.array([answer.token for answer in answers], dtype=np.int32),
-            np.array([answer.one_to_one for answer in answers], dtype=np.bool_),
-            Counter(answer.species for answer in answers if answer.species),
+            cores=cores,
+            fate_g=(codes_g & _FATE_BITS).astype(np.uint8),
+            targets_g=((codes_g >> _TOKEN_SHIFT) - 1).astype(np.int32),
+            one_to_one_g=(codes_g & _ONE_TO_ONE) > 0,
+            versioned_g=versioned_g,
+            prefixed_g=prefixed_g,
+            others=others,
         )
+
+    def _codes_of_symbols(self, symbols_g: pa.Array) -> npt.NDArray[np.int64]:
+        if self.table is None:
+            return self._symbols.codes(symbols_g)
+        # A published table has over 100,000 names: asking it is cheaper than turning it around.
+        return np.array([self._of_symbol(core).code for core in symbols_g.to_pylist()], dtype=np.int64)
 
     def _answer(self, name: GeneName, mark: str) -> _Answer:
         if mark == "spike_in" or name.kind == "spike_in":
@@ -101,33 +169,39 @@ class Resolver:
             return _Answer(OTHER_SPECIES, species=species)
         if name.kind == "par_y":
             return _Answer(PAR_Y, one_to_one=True)
-        if (token := self._token(name.core)) is not None:
-            exact = name.core in self._by_id and not name.prefixed and not name.versioned
-            return _Answer(MAPPED if exact else RENAMED, token, one_to_one=True)
-        if name.kind == "id" or not name.core:
-            return _Answer(UNKNOWN, one_to_one=bool(name.core))
-        return self._symbol(name)
+        if name.kind == "id" or self._token(name.core) is not None:
+            return self._of_id(name.core, exact=not name.prefixed and not name.versioned)
+        if name.core and self.home == HUMAN and mouse_spelled(name.spelled):
+            return _Answer(OTHER_SPECIES, species=MOUSE_OR_RAT)
+        return self._of_symbol(name.core)
 
     def _token(self, gene_id: str) -> int | None:
         token = self._by_id.get(gene_id)
         return self._retired.get(gene_id) if token is None else token
 
-    def _symbol(self, name: GeneName) -> _Answer:
-        if self.home == HUMAN and mouse_spelled(name.spelled):
-            return _Answer(OTHER_SPECIES, species=MOUSE_OR_RAT)
+    def _of_id(self, core: str, *, exact: bool = True) -> _Answer:
+        """What an id is; exact: nothing had to be taken off it."""
+        if (token := self._token(core)) is None:
+            return _UNKNOWN_ID
+        return _Answer(MAPPED if exact and core in self._by_id else RENAMED, token, one_to_one=True)
+
+    def _of_symbol(self, core: str) -> _Answer:
+        """What a symbol is; one that is spelled as an id of the vocabulary is that id."""
+        if self._token(core) is not None:
+            return self._of_id(core)
+        former = False
         if self.table is not None:
-            ids = self.table.find(name.core)
+            ids = self.table.find(core)
             if len(ids) != 1:
-                return _Answer(AMBIGUOUS if ids else UNKNOWN)
-            token, former = self._token(ids[0]), self.table.is_former(name.core)
-        elif name.core in self._approved:
-            token, former = self._approved[name.core], False
-            if token is None:
+                return _Answer(AMBIGUOUS) if ids else _UNKNOWN_SYMBOL
+            token, former = self._token(ids[0]), self.table.is_former(core)
+        elif core in self._approved:
+            if (token := self._approved[core]) is None:
                 return _Answer(AMBIGUOUS)
         else:
-            token, former = self._former.get(name.core), True
+            token, former = self._former.get(core), True
             if token is None:
-                return _Answer(UNKNOWN)
+                return _UNKNOWN_SYMBOL
         if token is None:
             return _Answer(UNKNOWN, one_to_one=True)
         return _Answer(SYMBOL, token, one_to_one=True, former=former)
@@ -148,14 +222,14 @@ def _aliases(vocabulary: Vocabulary, by_id: dict[str, int]) -> tuple[dict[str, i
     return retired, former
 
 
-def _contested(names: Sequence[GeneName], answers: Sequence[_Answer]) -> set[int]:
-    """Tokens that a former symbol leads to although the file names that gene otherwise as well.
+def _contested(cores: Sequence[str], codes_g: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Places of former symbols (g) that lead to a gene which the file names otherwise as well.
 
     A symbol that was given up is often taken again: two names in one file are then two genes, not one.
     """
-    wanted = {answer.token for answer in answers if answer.former}
+    former = np.flatnonzero(codes_g & _FORMER)
+    tokens_g = codes_g >> _TOKEN_SHIFT
     reached: dict[int, set[str]] = {}
-    for name, answer in zip(names, answers, strict=True):
-        if answer.token in wanted:
-            reached.setdefault(answer.token, set()).add(name.core)
-    return {token for token, cores in reached.items() if len(cores) > 1}
+    for g in np.flatnonzero(np.isin(tokens_g, tokens_g[former])).tolist() if former.size else ():
+        reached.setdefault(int(tokens_g[g]), set()).add(cores[g])
+    return np.array([g for g in former.tolist() if len(reached[int(tokens_g[g])]) > 1], dtype=np.int64)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from genescale.ingestion.gene_checks import gene_notes, organism_notes, raise_if_unfit
 from genescale.ingestion.gene_columns import AUTO_COLUMN, candidates, feature_marks
@@ -140,8 +142,8 @@ def map_genes(atlas: Atlas, vocabulary: Vocabulary, *, rules: GeneRules, table: 
         targets_g=found.targets_g,
         fate_g=found.fate_g,
         counted_g=_COUNTED_CODES[found.fate_g],
-        mito_g=_mitochondrial(atlas, found, lookup),
-        n_versioned=sum(name.versioned for name in found.names),
+        mito_g=_mitochondrial(found, symbols(atlas, columns), lookup),
+        n_versioned=int(found.versioned_g.sum()),
         notes=(*gene_notes(columns[column], found), *organism_notes(atlas, lookup.home)),
         genes=tuple(columns[column]),
     )
@@ -149,13 +151,13 @@ def map_genes(atlas: Atlas, vocabulary: Vocabulary, *, rules: GeneRules, table: 
 
 def _best(columns: Mapping[str, Sequence[str]], marks: Sequence[str], lookup: Resolver) -> tuple[str, Resolved]:
     """The column that the vocabulary knows best, resolved; of two that it knows about as well, the one with ids."""
-    ids_first = sorted(columns, key=lambda name: ensembl_share(columns[name]) < 0.5)
+    by_ids = {name: ensembl_share(texts) >= 0.5 for name, texts in columns.items()}
     tried: dict[str, Resolved] = {}
     weights: dict[str, tuple[float, int]] = {}
-    for name in ids_first:
+    for name in sorted(columns, key=lambda name: not by_ids[name]):
         tried[name] = lookup.resolve(columns[name], marks)
         known = int((tried[name].targets_g >= 0).sum())
-        gain = _GAIN_OF_SYMBOLS if ensembl_share(columns[name]) >= 0.5 else 1
+        gain = _GAIN_OF_SYMBOLS if by_ids[name] else 1
         # Where nothing is known, the column with most genes of another species explains why.
         weights[name] = (known * gain, tried[name].others.total())
         if known * gain >= len(marks):
@@ -164,19 +166,11 @@ def _best(columns: Mapping[str, Sequence[str]], marks: Sequence[str], lookup: Re
     return best, tried[best]
 
 
-def _mitochondrial(atlas: Atlas, found: Resolved, lookup: Resolver) -> npt.NDArray[np.bool_]:
+def _mitochondrial(found: Resolved, beside: Sequence[str], lookup: Resolver) -> npt.NDArray[np.bool_]:
     """Genes of the mitochondrial genome (g): by id, by the symbol in the file, or by the vocabulary's symbol."""
-    by_token = {
-        int(token)
-        for token, symbol in zip(lookup.vocabulary.token_ids, lookup.vocabulary.symbols, strict=True)
-        if symbol.upper().startswith("MT-")
-    }
-    beside = symbols(atlas)
-    marks = [
-        name.core in MITOCHONDRIAL_IDS
-        or name.core.startswith("MT-")
-        or int(token) in by_token
-        or symbol.strip().upper().startswith("MT-")
-        for name, token, symbol in zip(found.names, found.targets_g, beside, strict=True)
-    ]
-    return np.array(marks, dtype=np.bool_) & _COUNTED_CODES[found.fate_g]
+    cores, symbol_g = pa.array(found.cores, pa.string()), pc.utf8_trim_whitespace(pa.array(beside, pa.string()))
+    named = pc.or_(pc.is_in(cores, pa.array(sorted(MITOCHONDRIAL_IDS))), pc.starts_with(cores, "MT-"))
+    marks = pc.or_(named, pc.starts_with(pc.utf8_upper(symbol_g), "MT-")).to_numpy(zero_copy_only=False)
+    by_token = np.isin(found.targets_g, lookup.mitochondrial_tokens)
+    mito_g: npt.NDArray[np.bool_] = (marks | by_token) & _COUNTED_CODES[found.fate_g]
+    return mito_g

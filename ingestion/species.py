@@ -119,7 +119,7 @@ _IDS_BEGIN = ("ENS", "FBGN", "WBGENE")
 # A second look at every name of a table would take longer than reading its counts; Arrow finds at once the few names
 # that deserve it. Whatever is more than capitals, digits and signs does.
 _UNUSUAL = (
-    rf"^(?i:{_ANY_ASSEMBLY})|[^!-`{{-~]|[a-z][a-z]|^[A-Z][a-z]|ERCC|TOTALSEQ|-[0-9]+$|^(?i:"
+    rf"[^!-`{{|}}~]|^(?i:{_ANY_ASSEMBLY})|ERCC|TOTALSEQ|-[0-9]+$|^(?:"
     + "|".join(map(re.escape, (*_VIRUSES_BEGIN, *_SPIKE_INS_BEGIN, *_NO_GENES_BEGIN, *_IDS_BEGIN)))
     + ")"
 )
@@ -205,12 +205,18 @@ def genome_species(genome: str) -> str:
 
 def ensembl_share(names: Sequence[str]) -> float:
     """Share of the names that are Ensembl ids, with or without the prefix of a genome."""
-    if not len(names):
-        return 0.0
+    return float(ensembl_marks(names).mean()) if len(names) else 0.0
+
+
+def ensembl_marks(names: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Which of the names (g) are Ensembl ids, with or without the prefix of a genome."""
     plain = pc.utf8_upper(pc.utf8_trim_whitespace(pa.array(names, pa.string())))
-    ids = pc.match_substring_regex(plain, f"^(?:{ENSEMBL_ID.pattern})$")
-    prefixed = pc.and_(pc.match_substring(plain, "ENS"), pc.invert(pc.starts_with(plain, "ENS")))
-    return (pc.sum(ids).as_py() + sum(map(_is_ensembl, plain.filter(prefixed).to_pylist()))) / len(names)
+    ids_g = _as_mask(pc.match_substring_regex(plain, f"^(?:{ENSEMBL_ID.pattern})$"))
+    inside_g = _as_mask(pc.and_not(pc.match_substring(plain, "ENS"), pc.starts_with(plain, "ENS")))
+    if inside_g.any():
+        ids_g = ids_g.copy()
+        ids_g[inside_g] = [_is_ensembl(name) for name in plain.filter(pa.array(inside_g)).to_pylist()]
+    return ids_g
 
 
 def _is_ensembl(name: str) -> bool:

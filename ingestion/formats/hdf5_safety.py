@@ -287,10 +287,9 @@ def read_texts(dataset: Any, uri: str, start: int = 0, stop: int | None = None) 
     texts: list[str] = []
     total_bytes = 0
     for first in range(start, stop, TEXTS_AT_ONCE):
-        for value in dataset[first : min(first + TEXTS_AT_ONCE, stop)]:
-            text = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
-            total_bytes += len(text)
-            texts.append(text)
+        values = dataset[first : min(first + TEXTS_AT_ONCE, stop)].tolist()
+        texts += [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]
+        total_bytes += sum(map(len, texts[first - start :]))
         if total_bytes > MAX_TEXT_BYTES:
             raise AtlasError(f"{_name(dataset)} holds more than {MAX_TEXT_BYTES:,} bytes of text.", where=uri)
     return texts

@@ -553,6 +553,7 @@ def test_a_lost_node_is_outlived(
     arguments = [sys.executable, str(script), str(Path(__file__)), tiny_corpus.uri, str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4_000:]
+    assert (tmp_path / "lost").exists()
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["resumed_from"] >= CONFIG.checkpoint_every
     found = {int(step): loss for step, loss in result["losses"]}
@@ -574,7 +575,7 @@ from genescale.training.pretrain import pretrain
 
 shared, folder = runpy.run_path(sys.argv[1]), Path(sys.argv[3])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-lost = cluster.add_node(num_cpus=1)
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 ray.init(address=cluster.address, log_to_driver=False)
 CONFIG = shared["CONFIG"]
 
@@ -589,8 +590,11 @@ def lose() -> None:
     ledger = folder / "run" / "checkpoints" / "ledger.json"
     while not ledger.exists():
         time.sleep(0.1)
-    cluster.remove_node(lost, allow_graceful=False)
-    cluster.add_node(num_cpus=1)
+    # The two workers fill two of the three nodes: one that is not the driver's goes.
+    free = ray._private.state.available_resources_per_node()
+    busy = [node for node in nodes if free[node.node_id].get("CPU", 0) < 1]
+    cluster.remove_node(busy[0], allow_graceful=False)
+    (folder / "lost").touch()
 
 
 threading.Thread(target=lose, daemon=True).start()
