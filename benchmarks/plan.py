@@ -46,9 +46,10 @@ print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_m
 
 
 def main() -> int:
-    arguments = parser(__doc__ or "").parse_args()
+    arguments = parser((__doc__ or "").split("\n", 1)[0]).parse_args()
     cells = 3_000_000 if arguments.quick else 30_000_000
-    return finish("plan", [*planned(cells), packed()], arguments, packages=("numpy", "torch"))
+    rows = [*planned(cells), packed()]
+    return finish("plan", rows, ("numpy", "torch"), quick=arguments.quick, output=arguments.output)
 
 
 def planned(cells: int) -> list[Row]:

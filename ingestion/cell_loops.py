@@ -1,8 +1,9 @@
 """The compiled loops over the stored values of cells; `kernel.rank_rows` and `histograms` are the ways in.
 
 The order is found by a radix sort of two passes on the upper bits of the value, as many as the range of the cell fills,
-and an insertion sort on the whole values: the radix only has to come near, the insertion makes it exact. A cell that
-would keep the insertion busy (many equal values in falling token order) is merge-sorted instead.
+and an insertion sort on the whole values among those whose upper bits are equal: the radix only has to come near, the
+insertion makes it exact. A cell that would keep the insertion busy (many equal values in falling token order) is
+merge-sorted instead.
 
 All loops that call each other stand in this one file, because Numba's cache on disk sees a change only of the
 file that a function stands in.
@@ -29,11 +30,13 @@ _INDEX, _NOT_FINITE, _NEGATIVE, _FRACTIONAL, _TOO_LARGE = range(1, 6)
 FATE_BITS, COUNTED, MITO, SHARED, TARGET_SHIFT = 0xF, 1 << 4, 1 << 5, 1 << 6, 8
 _FLAGS = FATE_BITS | COUNTED | MITO | SHARED
 _USUAL = 1 << 30
-# A number to sort by has 63 bits: 47 of the value, of which two digits of nine bits are sorted by, and the place.
-_PLACE_BITS, _UPPER_BITS, _DIGITS = 16, 47, 1 << 9
-_PLACE, _MOST_PLACES = (1 << _PLACE_BITS) - 1, 1 << _PLACE_BITS
-_LOW_DIGIT, _HIGH_DIGIT = 63 - 18, 63 - 9
-# Measured on 2,000 genes per cell: a near order costs about one move per gene.
+# A number to sort by has 32 bits: two digits of nine bits, the upper bits of the value, and the place of the gene.
+_PLACE_BITS, _DIGIT_BITS = 14, 9
+_MOST_PLACES, _DIGITS = 1 << _PLACE_BITS, 1 << _DIGIT_BITS
+# Unsigned like the numbers themselves, so that no index looks as if it could be negative.
+_PLACE, _WHOLE, _LAST_DIGIT = np.uint32(_MOST_PLACES - 1), np.uint32(0xFFFFFFFF), np.uint32(_DIGITS - 1)
+_LOW_DIGIT, _HIGH_DIGIT, _ONE = np.uint32(_PLACE_BITS), np.uint32(_PLACE_BITS + _DIGIT_BITS), np.uint32(1)
+# Far more than a near order costs, and few enough not to be slower than a merge sort.
 _MOVES_PER_GENE = 24
 
 
@@ -46,15 +49,11 @@ def rank_cells(
 ) -> float:  # fmt: skip
     """Fill the outputs for every cell; sums: zeros, repeated entries, positive values, ones; returns the largest."""
     token_k, count_k = np.empty(most_stored, np.int32), np.empty(most_stored)
-    bits_k, near_k, spare_k = (
-        np.empty(most_stored, np.int64),
-        np.empty(most_stored, np.int64),
-        np.empty(most_stored, np.int64),
-    )
-    spare_token_k = np.empty(most_stored, np.int32)
+    bits_k, number_k = np.empty(most_stored, np.int64), np.empty(most_stored, np.uint32)
+    spare_k = np.empty(most_stored, np.uint32)
     slot_t, owner_t = np.empty(medians_t.size, np.int32), np.full(medians_t.size, -1, np.int64)
     owner_g = np.full(table_g.size, -1, np.int64)
-    low, high = np.empty(_DIGITS, np.int32), np.empty(_DIGITS, np.int32)
+    low, high = np.empty(_DIGITS, np.uint32), np.empty(_DIGITS, np.uint32)
     of_fate, of_cell = np.empty(counts_by_fate.size), np.empty(7)
     largest, at = 0.0, 0
     for n in range(indptr_n.size - 1):
@@ -79,9 +78,9 @@ def rank_cells(
         sums[3] += int(of_cell[6])
         content_hash_n[n] = _content_hash(token_k, count_k, genes)
         ranked = _keys(token_k, count_k, genes, medians_t, bits_k)
-        _sort(bits_k, token_k, ranked, near_k, spare_k, spare_token_k, low, high)
+        mask = _sort(bits_k, token_k, ranked, number_k, spare_k, low, high)
         cropped_n[n] = ranked > capacity
-        at = _write(tokens_t, at, spare_token_k, min(ranked, capacity), frame)
+        at = _write(tokens_t, at, token_k, number_k, mask, min(ranked, capacity), frame)
         offsets_n[n + 1] = at
     return largest
 
@@ -221,83 +220,90 @@ def _content_hash(token_k: Array, count_k: Array, genes: int) -> int:
 @compiled
 def _keys(token_k: Array, count_k: Array, genes: int, medians_t: Array, bits_k: Array) -> int:
     """Rank value of every gene with a median, as bits that rise with it; genes without one are taken out."""
-    value_k, kept = bits_k.view(np.float64), np.uint32(0)
+    value_k, missing = bits_k.view(np.float64), 0
     for k in range(genes):
-        token = token_k[k]
-        value = count_k[k] / medians_t[np.uint32(token)]
-        value_k[kept], token_k[kept] = value, token
-        kept += np.uint32(value == value)
-    return np.int64(kept)
+        value = count_k[k] / medians_t[np.uint32(token_k[k])]
+        value_k[k] = value
+        missing |= value != value
+    if not missing:
+        return genes
+    kept = 0
+    for k in range(genes):
+        value_k[kept], token_k[kept] = value_k[k], token_k[k]
+        kept += value_k[k] == value_k[k]
+    return kept
 
 
 @compiled
-def _sort(
-    bits_k: Array, token_k: Array, m: int, near_k: Array, spare_k: Array, spare_token_k: Array, low: Array, high:
-    Array,
-) -> None:  # fmt: skip
-    """Put the tokens in the order of falling bits, ties by rising token, into spare_token_k.
+def _sort(bits_k: Array, token_k: Array, m: int, number_k: Array, spare_k: Array, low: Array, high: Array) -> int:
+    """Leave in number_k the places of the genes in the order of falling bits, ties by token; returns their mask.
 
-    What is sorted is one number per gene: the upper 47 bits of how far the value lies below the greatest, then its
-    place. Two radix passes bring the numbers near their places and an insertion sort into them; genes whose upper bits
-    are equal are then put in order by all their bits and their tokens.
+    When the radix is of no use, the tokens themselves are put in order, and number_k counts up.
     """
-    moves = _MOVES_PER_GENE * m + 4096
+    moves = -1
     if m <= _MOST_PLACES:
-        _radix(bits_k, m, near_k, spare_k, low, high)
-        moves = _insertion(near_k, m, moves)
-        moves = _settle(near_k, bits_k, token_k, m, moves)
+        _radix(bits_k, m, number_k, spare_k, low, high)
+        moves = _settle(number_k, bits_k, token_k, m, _MOVES_PER_GENE * m + 4096)
+    if moves < 0:
+        _merge_sort(bits_k, token_k, m)
         for k in range(m):
-            spare_token_k[k] = token_k[np.uint32(near_k[k] & _PLACE)]
-    if m > _MOST_PLACES or moves < 0:
-        _merge_sort(bits_k, token_k, m, spare_k, spare_token_k)
-        spare_token_k[:m] = token_k[:m]
+            number_k[k] = k
+        return _WHOLE
+    return _PLACE
 
 
 @compiled
-def _radix(bits_k: Array, m: int, near_k: Array, spare_k: Array, low: Array, high: Array) -> None:
-    """Numbers to sort by, and their nearly sorted order."""
+def _radix(bits_k: Array, m: int, number_k: Array, spare_k: Array, low: Array, high: Array) -> None:
+    """Numbers to sort by, in the order of their digits."""
     if m == 0:
         return
-    smallest, greatest = bits_k[0], bits_k[0]
+    smallest, greatest, right = bits_k[0], bits_k[0], 0
     for k in range(m):
         smallest, greatest = min(smallest, bits_k[k]), max(greatest, bits_k[k])
-    span, right, left = greatest - smallest, 0, 0
-    while span >> right >= 1 << _UPPER_BITS:
+    while (greatest - smallest) >> right >= _DIGITS * _DIGITS:
         right += 1
-    while right == 0 and left < _UPPER_BITS - 1 and span << (left + 1) < 1 << _UPPER_BITS:
-        left += 1
+    for k in range(m):
+        number_k[k] = (((greatest - bits_k[k]) >> right) << _PLACE_BITS) | k
     low[:] = 0
     high[:] = 0
     for k in range(m):
-        number = ((((greatest - bits_k[k]) >> right) << left) << _PLACE_BITS) | k
-        near_k[k] = number
-        low[np.uint32((number >> _LOW_DIGIT) & (_DIGITS - 1))] += 1
-        high[np.uint32(number >> _HIGH_DIGIT)] += 1
+        low[(number_k[k] >> _LOW_DIGIT) & _LAST_DIGIT] += _ONE
+        high[number_k[k] >> _HIGH_DIGIT] += _ONE
     of_low, of_high = 0, 0
     for digit in range(_DIGITS):
         low[digit], of_low = of_low, of_low + low[digit]
         high[digit], of_high = of_high, of_high + high[digit]
     for k in range(m):
-        number = near_k[k]
-        digit = np.uint32((number >> _LOW_DIGIT) & (_DIGITS - 1))
-        spare_k[np.uint32(low[digit])] = number
-        low[digit] += 1
+        number = number_k[k]
+        digit = (number >> _LOW_DIGIT) & _LAST_DIGIT
+        spare_k[low[digit]] = number
+        low[digit] += _ONE
     for k in range(m):
         number = spare_k[k]
-        digit = np.uint32(number >> _HIGH_DIGIT)
-        near_k[np.uint32(high[digit])] = number
-        high[digit] += 1
+        digit = number >> _HIGH_DIGIT
+        number_k[high[digit]] = number
+        high[digit] += _ONE
 
 
 @compiled
-def _insertion(near_k: Array, m: int, moves: int) -> int:
-    """Exact order of nearly sorted numbers; returns the moves that are left, or fewer than 0 when it gave up."""
+def _settle(number_k: Array, bits_k: Array, token_k: Array, m: int, moves: int) -> int:
+    """Exact order among genes whose digits are equal; returns the moves left, fewer than 0 when it gave up."""
+    if m == 0:
+        return moves
+    before = number_k[0] >> _LOW_DIGIT
     for k in range(1, m):
-        number, place = near_k[k], k
-        while place > 0 and near_k[place - 1] > number:
-            near_k[place] = near_k[place - 1]
+        number = number_k[k]
+        if number >> _LOW_DIGIT != before:
+            before = number >> _LOW_DIGIT
+            continue
+        place, bits, token = k, bits_k[number & _PLACE], token_k[number & _PLACE]
+        while place > 0 and number_k[place - 1] >> _LOW_DIGIT == before:
+            other = number_k[place - 1] & _PLACE
+            if bits_k[other] > bits or (bits_k[other] == bits and token_k[other] < token):
+                break
+            number_k[place] = number_k[place - 1]
             place -= 1
-        near_k[place] = number
+        number_k[place] = number
         moves -= k - place
         if moves < 0:
             break
@@ -305,28 +311,9 @@ def _insertion(near_k: Array, m: int, moves: int) -> int:
 
 
 @compiled
-def _settle(near_k: Array, bits_k: Array, token_k: Array, m: int, moves: int) -> int:
-    """Order among genes whose upper bits are equal; returns the moves that are left."""
-    for k in range(1, m):
-        place, number = k, near_k[k]
-        if number >> _PLACE_BITS != near_k[k - 1] >> _PLACE_BITS or moves < 0:
-            continue
-        bits, token = bits_k[number & _PLACE], token_k[number & _PLACE]
-        while place > 0 and near_k[place - 1] >> _PLACE_BITS == number >> _PLACE_BITS:
-            other = near_k[place - 1] & _PLACE
-            if bits_k[other] > bits or (bits_k[other] == bits and token_k[other] < token):
-                break
-            near_k[place] = near_k[place - 1]
-            place -= 1
-        near_k[place] = number
-        moves -= k - place
-    return moves
-
-
-@compiled
-def _merge_sort(bits_k: Array, token_k: Array, m: int, spare_k: Array, spare_token_k: Array) -> None:
-    """The same order whatever the input: never more than m log m steps."""
-    width = 1
+def _merge_sort(bits_k: Array, token_k: Array, m: int) -> None:
+    """The same order of bits and tokens themselves, whatever the input: never more than m log m steps."""
+    spare_k, spare_token_k, width = np.empty(m, np.int64), np.empty(m, np.int32), 1
     while width < m:
         for start in range(0, m, 2 * width):
             left, middle = start, min(start + width, m)
@@ -340,17 +327,18 @@ def _merge_sort(bits_k: Array, token_k: Array, m: int, spare_k: Array, spare_tok
                 source = left if from_left else right
                 spare_k[place], spare_token_k[place] = bits_k[source], token_k[source]
                 left, right = left + from_left, right + (not from_left)
-        bits_k[:m] = spare_k[:m]
-        token_k[:m] = spare_token_k[:m]
+        bits_k[:m] = spare_k
+        token_k[:m] = spare_token_k
         width *= 2
 
 
 @compiled
-def _write(tokens_t: Array, at: int, token_k: Array, kept: int, frame: Array) -> int:
-    """Write the tokens of one cell from place `at`, framed where there is a frame; returns the end."""
+def _write(tokens_t: Array, at: int, token_k: Array, number_k: Array, mask: int, kept: int, frame: Array) -> int:
+    """Write the first tokens of one cell from place `at`, framed where there is a frame; returns the end."""
     first = at + (frame.size > 0)
+    into = tokens_t[first : first + kept]
     for k in range(kept):
-        tokens_t[first + k] = token_k[k]
+        into[k] = token_k[number_k[k] & mask]
     if frame.size:
         tokens_t[at], tokens_t[first + kept] = frame[0], frame[1]
     return first + kept + (frame.size > 0)

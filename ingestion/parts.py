@@ -8,7 +8,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
-import io
 import itertools
 import threading
 from collections import OrderedDict
@@ -54,7 +53,8 @@ class PartWriter:
 
     def __init__(self, schema: pa.Schema, *, row_group_cells: int = ROW_GROUP_CELLS) -> None:
         self.schema, self.row_group_cells = schema, row_group_cells
-        self._sink = io.BytesIO()
+        # Arrow's own memory: a Python file object would be called back, and grow by copies.
+        self._sink = pa.BufferOutputStream()
         scalars = [field.name for field in schema if not pa.types.is_nested(field.type)]
         self._writer = pq.ParquetWriter(
             self._sink,
@@ -85,7 +85,8 @@ class PartWriter:
             self._write(pa.concat_tables(self._waiting))
             self._waiting, self._rows_waiting = [], 0
         self._writer.close()
-        return self._sink.getvalue()
+        data: bytes = self._sink.getvalue().to_pybytes()
+        return data
 
     def _write(self, rows: pa.Table) -> None:
         for start in range(0, rows.num_rows, self.row_group_cells):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +41,10 @@ class MemoryCells:
     ) -> None:
         self.vocabulary = vocabulary
         self._cells = [np.asarray(cell) for cell in cells]
-        self.lengths = np.array([len(cell) for cell in self._cells], dtype=np.int64)
-        self.donors = np.full(len(cells), -1, np.int32) if donors is None else np.asarray(donors, dtype=np.int32)
+        self.lengths: npt.NDArray[np.integer] = np.array([len(cell) for cell in self._cells], dtype=np.int64)
+        self.donors: npt.NDArray[np.int32] = (
+            np.full(len(cells), -1, np.int32) if donors is None else np.asarray(donors, dtype=np.int32)
+        )
 
     def tokens(self, indices: Indices) -> list[np.ndarray]:
         """The tokens of these cells, in this order."""
@@ -79,13 +81,14 @@ class CorpusCells:
         self.vocabulary = corpus.vocabulary
         self._corpus, self._patience = corpus, patience
         self.organisms: tuple[str, ...] = ()
-        self.lengths = np.empty(corpus.n_cells, dtype=np.int32)
-        self.donors = np.empty(corpus.n_cells, dtype=np.int32)
+        self.lengths: npt.NDArray[np.integer] = np.empty(corpus.n_cells, dtype=np.int32)
+        self.donors: npt.NDArray[np.int32] = np.empty(corpus.n_cells, dtype=np.int32)
         self._read_columns()
 
     def tokens(self, indices: Indices) -> list[np.ndarray]:
         """The tokens of these cells, in this order."""
-        return patiently(lambda: self._corpus.tokens(indices), patience=self._patience, what="reading cells")
+        wanted: Any = indices  # an array is as good as a list of its numbers, and a thousandth of its objects
+        return patiently(lambda: self._corpus.tokens(wanted), patience=self._patience, what="reading cells")
 
     def warm(self, indices: npt.NDArray[np.integer]) -> None:
         """Read one cell of each row group that these cells lie in; the corpus keeps what it has decoded."""

@@ -85,7 +85,8 @@ class Checkpoints:
 
         scratch: local folder for files from object storage. Raises IntegrityError when none is whole.
         """
-        names, rejected = self.names(), []
+        names = self.names()
+        rejected: list[str] = []
         for name in reversed(names):
             try:
                 return dataclasses.replace(self.fetch(name, scratch), rejected=tuple(rejected))

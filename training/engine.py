@@ -164,6 +164,9 @@ class DeepSpeedEngine:
             dist_init_required=None,
         )
         self.device = torch.device(self._engine.device)
+        self._norm: torch.Tensor | None = None
+        if config.zero_stage == 0:
+            self._engine.clip_fp32_gradients = self._clip
         self._lane_losses = torch.zeros(0)
 
     def step(self, batch: StepBatch) -> torch.Tensor:
@@ -202,9 +205,13 @@ class DeepSpeedEngine:
         return self._config.rate_at(step, self._total_steps)
 
     def gradient_norm(self) -> float | None:
-        """Norm of the last step's gradient before clipping; DeepSpeed keeps it at ZeRO stages 1 to 3."""
-        norm = self._engine.get_global_grad_norm()
+        """Norm of the last step's gradient before clipping; None at stage 0 without clipping."""
+        norm = self._norm if self._config.zero_stage == 0 else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def _clip(self) -> None:
+        """What DeepSpeed does at stage 0, where it keeps no norm."""
+        self._norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._config.clip)
 
     def lane_losses(self) -> torch.Tensor:
         """Negative log likelihood of each of this worker's micro-batches in the last step."""
@@ -265,7 +272,7 @@ def _forward(model: Any, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.T
     weight = 1.0 if micro_batch.n_masked else 0.0
     nll = nll_m.sum() * weight
     correct = (logits_mv.argmax(-1) == micro_batch.labels).sum() * weight
-    return nll, torch.stack([nll.detach(), correct, nll.new_tensor(float(micro_batch.n_masked))])
+    return nll, torch.stack([nll.detach(), correct, nll.new_full((), float(micro_batch.n_masked))])
 
 
 @contextlib.contextmanager

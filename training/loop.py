@@ -122,7 +122,7 @@ class TrainState:
 
     def measured(self, held_out: HeldOut | None) -> TrainState:
         """The same state with what was just measured."""
-        losses = [loss for loss in (self.best_loss, held_out and held_out.loss) if loss is not None]
+        losses = [loss for loss in (self.best_loss, held_out.loss if held_out else None) if loss is not None]
         return dataclasses.replace(self, held_out=held_out, best_loss=min(losses, default=None))
 
 

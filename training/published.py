@@ -87,11 +87,15 @@ def export_checkpoint(bundle: Bundle, out: Path, *, encoder_only: bool = False) 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AlreadyExistsError("something else is here.", where=str(out), fix="Choose a new folder.")
     weights: Tensors = dict(bundle.weights())
-    architecture, head, classes = MASKED_LM, {}, ()
+    architecture = MASKED_LM
+    head: Tensors = {}
+    classes: tuple[str, ...] = ()
     if bundle.kind == "cell_classifier" and not encoder_only:
-        architecture, (head, classes) = CELL_CLASSES, _published_head(bundle)
+        architecture = CELL_CLASSES
+        head, classes = _published_head(bundle)
     elif bundle.kind == "gene_classifier" and not encoder_only:
-        architecture, (head, classes) = GENE_CLASSES, _gene_head(bundle)
+        architecture = GENE_CLASSES
+        head, classes = _gene_head(bundle)
     elif not any(name.startswith("cls.") for name in weights):
         architecture = "BertModel"
         weights = {name.removeprefix("bert."): values for name, values in weights.items()}

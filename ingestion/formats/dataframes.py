@@ -62,14 +62,18 @@ class Frame:
         self._root, self._table = root, table
         self._index = self._index_name()
         self._decoded: dict[str, pa.Array] = {}
+        self._columns: list[str] | None = None
         self._check_index()
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns, without the index."""
-        if isinstance(self._table, Array):
-            return [name for name in self._table.dtype.names or () if name != self._index]
-        return [name for name in self._table.names() if name not in (self._index, "__categories")]
+        # Asked for many times per block of cells, and a walk over the group for HDF5.
+        if self._columns is None:
+            table = self._table
+            names = table.dtype.names or () if isinstance(table, Array) else table.names()
+            self._columns = [name for name in names if name not in (self._index, "__categories")]
+        return list(self._columns)
 
     def index(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Row names: ids of cells or genes."""

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -64,6 +64,14 @@ class Slices:
         return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
+class _Raw(NamedTuple):
+    """A chunk as it is stored: its number, the mask of the filters that were left out, its bytes."""
+
+    number: int
+    mask: int
+    stored: bytes
+
+
 class DirectChunks:
     """Ranges read chunk by chunk; the last chunk of a range is kept, because the next range begins in it.
 
@@ -99,19 +107,19 @@ class DirectChunks:
         if self._kept is not None and self._kept[0] == numbers[0]:
             yield self._kept
             numbers = numbers[1:]
-        if self._threads == 1 or len(numbers) == 1 or DEFLATE not in self._pipeline:
-            for number in numbers:
-                yield from self._inflated([(number, *self._raw(number))])
-            return
-        yield from self._in_threads(numbers)
-
-    def _in_threads(self, numbers: range) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         step = max(1, BATCH_BYTES // self._bytes)
+        batches = (self._raw(numbers[first : first + step]) for first in range(0, len(numbers), step))
+        if self._threads == 1 or len(numbers) == 1 or DEFLATE not in self._pipeline:
+            for batch in batches:
+                yield from self._inflated(batch)
+            return
+        yield from self._in_threads(batches)
+
+    def _in_threads(self, batches: Iterator[list[_Raw]]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         waiting: deque[Future[list[tuple[int, npt.NDArray[Any]]]]] = deque()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="inflate")
-        for first in range(0, len(numbers), step):
-            batch = [(number, *self._raw(number)) for number in numbers[first : first + step]]
+        for batch in batches:
             waiting.append(self._pool.submit(self._inflated, batch))
             # One batch more than threads keeps them busy and memory bounded.
             if len(waiting) > self._threads:
@@ -119,9 +127,15 @@ class DirectChunks:
         while waiting:
             yield from waiting.popleft().result()
 
-    def _raw(self, number: int) -> tuple[int, bytes]:
-        """Mask of the filters that were left out of a chunk, and its stored bytes."""
+    def _raw(self, numbers: range) -> list[_Raw]:
+        """Stored bytes of some chunks."""
         began = time.thread_time()
+        batch = [_Raw(number, *self._stored(number)) for number in numbers]
+        self.seconds["read"] += time.thread_time() - began
+        return batch
+
+    def _stored(self, number: int) -> tuple[int, bytes]:
+        """Mask of the filters that were left out of a chunk, and its stored bytes."""
         try:
             mask, raw = self._id.read_direct_chunk((number * self._chunk,))
         except MemoryError:
@@ -132,12 +146,11 @@ class DirectChunks:
             if "address is undefined" in str(error) or "not allocated" in str(error) or "not found" in str(error):
                 raise AtlasError(f"chunk {number:,} was never written.", where=self._where, fix=NEVER_WRITTEN) from None
             raise
-        self.seconds["read"] += time.thread_time() - began
         if not raw:
             raise AtlasError(f"chunk {number:,} was never written.", where=self._where, fix=NEVER_WRITTEN)
         return mask, raw
 
-    def _inflated(self, batch: list[tuple[int, int, bytes]]) -> list[tuple[int, npt.NDArray[Any]]]:
+    def _inflated(self, batch: list[_Raw]) -> list[tuple[int, npt.NDArray[Any]]]:
         from isal import isal_zlib
 
         damaged: tuple[type[Exception], ...] = (isal_zlib.error, ValueError)  # type: ignore[assignment]

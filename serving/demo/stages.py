@@ -139,7 +139,7 @@ def pretrain_encoder(demo: Demo, progress: Progress) -> Made:
         run_name="pretrain",
     )
     return {
-        "model": f"models:/{MODEL_NAME}/{result.model_version.version}",
+        "model": result.model_version.reference if result.model_version else "",
         "run_id": result.run_id,
         "digest": result.bundle_digest,
         "steps": result.steps,

@@ -99,6 +99,11 @@ def test_the_run_is_tracked_and_registered(tiny_bundle: Bundle, tiny_corpus: Cor
     assert result.bundle.lineage["corpus_version"] == tiny_corpus.version
     scores = json.loads(run.files["evaluation/scores.json"])
     assert scores["test"]["confusion"] == result.test.confusion_cc.tolist()
+    # The same again is the same model: no second version of it.
+    where = {"tracker": tracker, "out": tmp_path / "again", "model_name": "cell-types", "aliases": ["champion"]}
+    again = finetune(tiny_bundle, tiny_corpus, config, **where)
+    assert again.model_version == version
+    assert len(tracker.list_versions("cell-types")) == 1
 
 
 def test_training_the_encoder_changes_only_what_is_not_frozen(

@@ -176,6 +176,35 @@ def test_a_loop_that_is_told_to_stop_leaves_a_checkpoint_to_go_on_from(
     assert curve(rest, "loss") == curve(finished[2], "loss")[8:]
 
 
+class RecordingCells(MemoryCells):
+    """Remembers what it was asked for, one entry for each batch."""
+
+    def __init__(self, source: MemoryCells) -> None:
+        super().__init__(source.tokens(range(len(source.lengths))), source.vocabulary)
+        self.asked: list[list[int]] = []
+
+    def tokens(self, indices: Any) -> list[np.ndarray]:
+        self.asked.append([int(index) for index in indices])
+        return super().tokens(indices)
+
+
+def test_no_cell_is_seen_twice_or_never_in_an_epoch_that_was_cut_off_and_gone_on_with(
+    source: MemoryCells, tmp_path: Path
+) -> None:
+    plan = RunPlan.of(CONFIG, source)
+    steps = plan.training.epoch(0).n_steps
+    assert steps > CONFIG.log_every
+    # Measurements on held-out cells ask for cells as well: those of the first run come before its first step.
+    assert plan.held_out is not None
+    evaluations = plan.held_out.epoch(0).n_steps
+    cut, rest = RecordingCells(source), RecordingCells(source)
+    result, _ = run(cut, tmp_path, should_stop=lambda: True)
+    assert result.state.steps == CONFIG.log_every
+    run(rest, tmp_path / "rest", start_from=tmp_path / f"step_{CONFIG.log_every}")
+    seen = cut.asked[evaluations : evaluations + CONFIG.log_every] + rest.asked[: steps - CONFIG.log_every]
+    assert sorted(cell for batch in seen for cell in batch) == plan.training.cells.tolist()
+
+
 class PoisonedEngine(TorchEngine):
     """From some step on a lane, or the whole model, gives no number."""
 

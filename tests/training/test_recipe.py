@@ -9,15 +9,26 @@ import pytest
 import torch
 
 from genescale.platform.errors import SettingsError
-from genescale.platform.vocabulary import Vocabulary
+from genescale.platform.vocabulary import SPECIAL_TOKENS, Vocabulary
 from genescale.training.model import EncoderConfig, MaskedGeneModel
 from genescale.training.recipe import PretrainConfig, read_recipe, shipped_recipes
 
-# Parameters of the published checkpoints, with the vocabulary size and window they were trained with.
+# What the published config.json files say: vocabulary, window, layers, width, heads, feed-forward, dropout, and the
+# parameters counted in the checkpoints.
 PUBLISHED = {
-    "geneformer-v1-10m": (25_426, 2_048, 10_288_722),
-    "geneformer-v1-40m": (25_426, 2_048, 39_591_250),
-    "geneformer-v2-104m": (20_275, 4_096, 104_386_867),
+    "geneformer-v1-10m": (25_426, 2_048, 6, 256, 4, 512, 0.02, 10_288_722),
+    "geneformer-v1-40m": (25_426, 2_048, 12, 512, 8, 1_024, 0.02, 39_591_250),
+    "gf-12l-95m-i4096": (20_275, 4_096, 12, 512, 8, 1_024, 0.02, 37_997_363),
+    "gf-20l-95m-i4096": (20_275, 4_096, 20, 896, 14, 1_792, 0.02, 151_313_459),
+    "geneformer-v2-104m": (20_275, 4_096, 12, 768, 12, 3_072, 0.1, 104_386_867),
+    "geneformer-v2-316m": (20_275, 4_096, 18, 1_152, 18, 4_608, 0.1, 316_354_867),
+}
+# Published training arguments: peak rate, schedule, warm-up steps, warm-up share, epochs.
+PUBLISHED_TRAINING = {
+    "geneformer-v1-10m": (1e-3, "linear", 10_000, 0.0, 3),
+    "geneformer-v1-40m": (5e-4, "linear", 10_000, 0.0, 3),
+    "gf-12l-95m-i4096": (5e-4, "cosine", 5_000, 0.0, 3),
+    "geneformer-v2-104m": (2e-4, "cosine", 0, 0.007, 3),
 }
 
 
@@ -29,15 +40,30 @@ def test_every_shipped_recipe_builds() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes_give_the_published_sizes(name: str) -> None:
-    vocabulary_size, window, parameters = PUBLISHED[name]
+    vocabulary_size, window, layers, width, heads, feed_forward, dropout, parameters = PUBLISHED[name]
     first = 4 if window == 4_096 else 2
-    special = ("<pad>", "<mask>", "<cls>", "<eos>")[:first]
     genes = [f"ENSG{i:011d}" for i in range(vocabulary_size - first)]
+    special = SPECIAL_TOKENS[:first]
     vocabulary = Vocabulary.build(genes, np.ones(len(genes)), window=window, name=name, special=special)
     config: EncoderConfig = read_recipe(name).encoder.for_vocabulary(vocabulary)
+    assert (config.layers, config.width, config.heads, config.feed_forward) == (layers, width, heads, feed_forward)
+    assert (config.hidden_dropout, config.attention_dropout) == (dropout, dropout)
+    assert (config.positions, config.layer_norm_eps, config.initializer_range) == (window, 1e-12, 0.02)
     with torch.device("meta"):
         model = MaskedGeneModel(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_train_as_published(name: str) -> None:
+    recipe = read_recipe(name)
+    assert (recipe.mask_fraction, recipe.mask_token_share, recipe.random_gene_share) == (0.15, 0.8, 0.1)
+    # The batch plan has to fit the longest cell of the window.
+    assert recipe.token_budget >= PUBLISHED[name][1]
+    if name in PUBLISHED_TRAINING:
+        rate = recipe.optimizer
+        found = (rate.learning_rate, rate.schedule, rate.warmup_steps, rate.warmup_fraction, recipe.epochs)
+        assert found == PUBLISHED_TRAINING[name]
 
 
 def test_changes_apply_to_values_and_sections() -> None:
