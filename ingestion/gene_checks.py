@@ -171,7 +171,7 @@ def gene_notes(texts: Sequence[str], found: Resolved) -> tuple[str, ...]:
         tail = "; its cells are kept unless --where leaves them out" if mixture else ""
         genes = "1 gene" if count == 1 else f"{count:,} genes"
         notes.append(f"left out {genes} of {species_label(species)}{tail}")
-    if ambiguous := [texts[g] for g in np.flatnonzero(found.fate_g == AMBIGUOUS)]:
+    if ambiguous := [texts[g] for g in np.flatnonzero(found.fate_g == AMBIGUOUS).tolist()]:
         shown = ", ".join(ambiguous[:5])
         named = "symbol that names" if len(ambiguous) == 1 else "symbols that name"
         notes.append(f"dropped {len(ambiguous):,} {named} several genes, such as {shown}")

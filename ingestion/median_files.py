@@ -145,9 +145,12 @@ def histogram_bytes(found: Medians) -> bytes:
         "largest_total": found.largest_total,
         "sources": [list(pair) for pair in sorted(found.sources)],
     }
+    # Genes may share a symbol, the empty one above all. Arrow writes memory it never filled into the file when a
+    # dictionary repeats a value.
+    symbols = pa.array([found.genes.symbols[g] for g in seen], pa.string()).dictionary_encode()
     columns = [
         pa.DictionaryArray.from_arrays(genes_k, [found.genes.gene_ids[g] for g in seen]),
-        pa.DictionaryArray.from_arrays(genes_k, [found.genes.symbols[g] for g in seen]),
+        pa.DictionaryArray.from_arrays(symbols.indices.take(genes_k), symbols.dictionary),
         pa.array(found.histogram.keys_k % BINS, pa.int32()),
         pa.array(found.histogram.counts_k, pa.int64()),
     ]

@@ -33,7 +33,8 @@ SPECIAL_TOKENS = (PAD, MASK, CLS, EOS)
 # The published layouts: sequences framed by <cls> and <eos> were trained on 4,096 positions, bare ones on 2,048.
 FRAMED_WINDOW, BARE_WINDOW = 4_096, 2_048
 LOW_MEDIAN = 0.05
-PLACEHOLDER_GENES = 3
+TIED_GENES = 3
+PLACEHOLDER_GENES = 20
 _VERSIONED_ID = re.compile(r"(ENS[A-Z]*[0-9]{6,})\.[0-9]+")
 _LONGEST_GENE_NAME = 64
 
@@ -308,6 +309,8 @@ def lint(vocabulary: Vocabulary) -> list[str]:
     values, times = np.unique(medians, return_counts=True)
     for value, count in zip(values[times >= PLACEHOLDER_GENES], times[times >= PLACEHOLDER_GENES], strict=True):
         warnings.append(f"{count:,} genes share the median {value:.7g}: a placeholder, their ranks mean little.")
+    if tied := int(times[(times >= TIED_GENES) & (times < PLACEHOLDER_GENES)].sum()):
+        warnings.append(f"{tied:,} genes share their median with two or more others: ties are likely.")
     if low := int((medians < LOW_MEDIAN).sum()):
         warnings.append(
             f"{low:,} genes have a median below {LOW_MEDIAN}: when detected they move to the front of a cell."

@@ -1,8 +1,8 @@
 """Rows out of values that come in any order: through unnamed scratch files, in bounded memory.
 
 Values are counted by cell and written where their row belongs. Values that come cell by cell already, as in every 10x
-matrix, need one pass; others are read a second time, dealt to ranges of cells, and sorted range by range. The scratch
-files have no name, so that nothing is left behind, however the program ends.
+matrix, need one pass; others are read a second time, dealt to ranges of cells, and sorted range by range, always by
+counting. The scratch files have no name, so that nothing is left behind, however the program ends.
 
 Axis suffixes: `n` cells, `z` values.
 """
@@ -133,6 +133,8 @@ class ScratchMatrix:
 
     def _first_pass(self) -> tuple[npt.NDArray[np.int64], bool]:
         """Count the values of each cell; as long as cells come in order, keep what was read."""
+        from genescale.ingestion.formats.scratch_loops import count_groups
+
         counts_n = np.zeros(self.n_cells, dtype=np.int64)
         done, last, in_order = 0, -1, True
         for cells, genes, values in self._checked():
@@ -143,7 +145,7 @@ class ScratchMatrix:
                     self._genes.write(done, genes)
                     self._values.write(done, values)
             done += cells.size
-            np.add.at(counts_n, cells, 1)
+            count_groups(cells, counts_n)
         if self._nnz is not None and done != self._nnz:
             raise AtlasError(
                 f"{self._nnz:,} values are declared but {done:,} are there.",
@@ -154,25 +156,28 @@ class ScratchMatrix:
 
     def _second_pass(self, before: npt.NDArray[np.int64]) -> None:
         """Deal all values to the ranges of cells that they belong to; a range stands where its rows will."""
+        from genescale.ingestion.formats.scratch_loops import grouped
+
         firsts = range_starts(before, RANGE_VALUES)
         places = before[firsts].copy()
+        range_n = np.repeat(np.arange(firsts.size, dtype=INDEX), np.diff(np.append(firsts, self.n_cells)))
         for cells, genes, values in self._checked():
-            ranges = np.searchsorted(firsts, cells, side="right") - 1
-            order = np.argsort(ranges, kind="stable")
-            present, starts = np.unique(ranges[order], return_index=True)
-            for k, first, last in zip(present, starts, [*starts[1:], ranges.size], strict=True):
-                chosen = order[first:last]
-                for file, block in ((self._cells, cells), (self._genes, genes), (self._values, values)):
-                    file.write(int(places[k]), block[chosen])
-                places[k] += chosen.size
+            order, starts = grouped(range_n[cells], firsts.size)
+            for file, block in ((self._cells, cells), (self._genes, genes), (self._values, values)):
+                dealt = block[order]
+                for k in np.flatnonzero(np.diff(starts)):
+                    file.write(int(places[k]), dealt[starts[k] : starts[k + 1]])
+            places += np.diff(starts)
         if not np.array_equal(places, np.append(before[firsts[1:]], before[-1])):
             raise AtlasError("the file changed while it was read.", where=self.where, fix="Run the command again.")
 
     def _sort_ranges(self, before: npt.NDArray[np.int64]) -> None:
+        from genescale.ingestion.formats.scratch_loops import grouped
+
         firsts = range_starts(before, RANGE_VALUES)
-        for first, last in zip(before[firsts], np.append(before[firsts[1:]], before[-1]), strict=True):
-            start, size = int(first), int(last - first)
-            order = np.argsort(self._cells.read(start, size), kind="stable")
+        for cell, end in zip(firsts.tolist(), [*firsts[1:].tolist(), self.n_cells], strict=True):
+            start, size = int(before[cell]), int(before[end] - before[cell])
+            order, _ = grouped(self._cells.read(start, size) - INDEX.type(cell), end - cell)
             for file in (self._genes, self._values):
                 file.write(start, file.read(start, size)[order])
 
