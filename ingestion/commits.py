@@ -59,10 +59,7 @@ def apply(uri: str, store: Store, decide: Callable[[Table], Change]) -> None:
     for attempt in range(ATTEMPTS):
         table = opened_table(uri, store)
         try:
-            change = decide(table)
-        except CorpusError as error:
-            raise _beaten(error) if lost else error from None
-        try:
+            change = _decided(table, decide, lost=lost)
             if _commit(table, change, mark):
                 return
         except CorpusError as error:
@@ -77,6 +74,16 @@ def apply(uri: str, store: Store, decide: Callable[[Table], Change]) -> None:
     raise CorpusError(
         f"other writers were first {ATTEMPTS} times in a row.", where=uri, fix="Run it again when fewer write to it."
     )
+
+
+def _decided(table: Table, decide: Callable[[Table], Change], *, lost: bool) -> Change:
+    """What to commit; when another writer was first, its being there may be what speaks against it."""
+    try:
+        return decide(table)
+    except BrokenOffError:
+        raise
+    except CorpusError as error:
+        raise _beaten(error) if lost else error from None
 
 
 def commit_source(

@@ -6,11 +6,12 @@ carries numbered transactions: of two writers that take the same number of one n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -39,7 +40,7 @@ class LostRaceError(CorpusError):
 
 
 class BrokenOffError(CorpusError):
-    """Storage failed during the commit, which may have happened all the same: look, and else try again."""
+    """Storage failed while the log was read or written; a commit may have happened all the same: look, then repeat."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,8 @@ class Table:
 
     def files(self) -> list[TableFile]:
         """The files of this version, by path."""
-        actions = pa.table(self._delta.get_add_actions(flatten=True))
+        with _asking(self.uri):
+            actions = pa.table(self._delta.get_add_actions(flatten=True))
         rows, size = actions.column("num_records").to_pylist(), actions.column("size_bytes").to_pylist()
         partition = f"partition.{PARTITION_COLUMN}"
         datasets = actions.column(partition).to_pylist() if self.partitioned else [""] * len(rows)
@@ -75,7 +77,8 @@ class Table:
 
     def transaction_number(self, name: str) -> int:
         """The number that the last transaction of this name had; 0 before the first."""
-        return self._delta.transaction_version(name) or 0
+        with _asking(self.uri):
+            return self._delta.transaction_version(name) or 0
 
     def columns(self) -> list[str]:
         """Names of the columns the table declares."""
@@ -141,6 +144,17 @@ class Table:
 
     def _partition(self, file: TableFile) -> dict[str, str | None]:
         return {PARTITION_COLUMN: file.dataset_id} if self.partitioned else {}
+
+
+@contextlib.contextmanager
+def _asking(uri: str) -> Iterator[None]:
+    """The Delta library reads parts of the log only when they are asked for, so that storage may fail then."""
+    try:
+        yield
+    except DELTA_ERRORS as error:
+        raise BrokenOffError(
+            f"the table's log cannot be read: {_first_line(error)}.", where=uri, fix="Check the storage, and try again."
+        ) from error
 
 
 def find_table(uri: str, store: Store, *, version: int | None = None) -> Table | None:

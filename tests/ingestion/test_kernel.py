@@ -166,6 +166,23 @@ def test_large_cells_are_bit_equal_to_the_reference(medians: str, targets: str, 
         assert tokens.tolist() == reference.input_ids.tolist(), f"{len(cell)} genes"
 
 
+def test_cells_with_more_genes_than_the_radix_has_places_for() -> None:
+    """A place has 14 bits: cells on both sides of that limit, none of them cropped."""
+    rng, n_genes = np.random.default_rng(5), 30_000
+    vocabulary = vocabulary_of(rng.lognormal(0.0, 1.0, n_genes).round(2) + 0.01, window=32_000)
+    genes = map_of(rng.permutation(n_genes) + len(vocabulary.special))
+    cells = []
+    for size in (16_383, 16_384, 16_385, n_genes):
+        chosen = np.sort(rng.choice(n_genes, size, replace=False))
+        values = rng.poisson(2.0, size) + 1
+        cells.append([(int(gene), float(value)) for gene, value in zip(chosen, values, strict=True)])
+    found = rank_rows(rows_of(cells), genes, vocabulary)
+    for n, cell in enumerate(cells):
+        reference, _ = expected(cell, genes, vocabulary, None)
+        tokens = found.tokens_t[found.offsets_n[n] : found.offsets_n[n + 1]]
+        assert np.array_equal(tokens, reference.input_ids), f"{len(cell)} genes"
+
+
 def test_equal_values_in_falling_token_order_take_no_longer_than_sorting() -> None:
     """Insertion alone needs 2·10^8 moves for such a cell; a hundred of them would take a minute."""
     import time
