@@ -12,6 +12,7 @@ vocabulary, or of all cells one after the other).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -157,8 +158,9 @@ def check_structure(rows: Rows) -> None:
         )
 
 
+@functools.lru_cache(maxsize=4)
 def gene_numbers(genes: GeneMap, vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
-    """One number per gene column (g): target, flags and fate."""
+    """One number per gene column (g): target, flags and fate; kept, because a file is read block by block."""
     targets_g = np.asarray(genes.targets_g, dtype=np.int64)
     if vocabulary.size >= _MOST_TARGETS:
         raise LimitError(f"a vocabulary of {vocabulary.size:,} tokens.", fix=f"At most {_MOST_TARGETS - 1:,} work.")
