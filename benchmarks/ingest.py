@@ -42,13 +42,13 @@ from published_tokenizer import PublishedTokenizer, with_sizes
 from scipy import sparse
 from synthetic import CellSource, GeneSpace, drawn_atlas, gene_space, write_h5ad, write_large_h5ad
 
+from genescale.ingestion.annotation.cells import CellRules
+from genescale.ingestion.annotation.genes import GeneMap, GeneRules, map_genes
 from genescale.ingestion.atlas import Rows
-from genescale.ingestion.cells import CellRules
-from genescale.ingestion.genes import GeneMap, GeneRules, map_genes
 from genescale.ingestion.histograms import Counter
-from genescale.ingestion.kernel import rank_rows
 from genescale.ingestion.opening import open_atlas
 from genescale.ingestion.plan import MAX_UNIT_CELLS, ReadConfig, Unit, cut
+from genescale.ingestion.ranking.kernel import rank_rows
 from genescale.ingestion.tally import Tally
 from genescale.ingestion.tokenise import write_part
 from genescale.platform.settings import ClusterSettings, Settings, StorageSettings

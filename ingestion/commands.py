@@ -44,7 +44,7 @@ def ingest(argv: Sequence[str]) -> int:
 
     from genescale.ingestion.config import IngestConfig
     from genescale.ingestion.pipeline import ingest as run
-    from genescale.ingestion.report import as_json, summary
+    from genescale.ingestion.reports.report import as_json, summary
     from genescale.platform.cluster import ray_cluster
     from genescale.platform.progress import stage
     from genescale.platform.settings import build
@@ -64,8 +64,8 @@ def ingest(argv: Sequence[str]) -> int:
 
 def _kept(report: Any, arguments: argparse.Namespace, settings: Any, store: Store) -> None:
     """Write the report and record the run, unless nothing was new."""
-    from genescale.ingestion.report import write_report
-    from genescale.ingestion.tracking_report import track_ingest
+    from genescale.ingestion.reports.report import write_report
+    from genescale.ingestion.reports.tracking_report import track_ingest
     from genescale.platform.storage import join
 
     if len(report.of("already_committed")) == len(report.sources) and not arguments.report:
@@ -144,7 +144,7 @@ def genes(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments, settings = begin(parser, argv)
 
-    from genescale.ingestion.gene_table import harvest_table, write_gene_table
+    from genescale.ingestion.annotation.gene_table import harvest_table, write_gene_table
     from genescale.platform.storage import Store
 
     store = Store(settings.storage)

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from genescale.ingestion.cells import CellRules
-from genescale.ingestion.genes import GeneRules
+from genescale.ingestion.annotation.cells import CellRules
+from genescale.ingestion.annotation.genes import GeneRules
 from genescale.ingestion.plan import ReadConfig
 from genescale.platform.settings import build
 

@@ -18,21 +18,21 @@ from typing import Any, Literal
 import numpy.typing as npt
 import pyarrow as pa
 
-from genescale.ingestion import commits
-from genescale.ingestion.commits import SCHEMA_VERSION_KEY
-from genescale.ingestion.delta_table import Table, create_table, find_table, opened_table
-from genescale.ingestion.history import read_history
-from genescale.ingestion.parts import LABEL_PREFIX, PartReader
-from genescale.ingestion.parts import Part as Part
-from genescale.ingestion.records import CommitRecord as CommitRecord
-from genescale.ingestion.records import DatasetRecord as DatasetRecord
-from genescale.ingestion.records import NewPart as NewPart
-from genescale.ingestion.records import Source as Source
-from genescale.ingestion.records import dataset_folder as dataset_folder
-from genescale.ingestion.records import dataset_records
-from genescale.ingestion.records import parse_reference as parse_reference
 from genescale.ingestion.schema import CORPUS_SCHEMA_VERSION, TOKEN_COLUMN, corpus_schema, table_schema
-from genescale.ingestion.source_files import read_recorded
+from genescale.ingestion.table import commits
+from genescale.ingestion.table.commits import SCHEMA_VERSION_KEY
+from genescale.ingestion.table.delta_table import Table, create_table, find_table, opened_table
+from genescale.ingestion.table.history import read_history
+from genescale.ingestion.table.parts import LABEL_PREFIX, PartReader
+from genescale.ingestion.table.parts import Part as Part
+from genescale.ingestion.table.records import CommitRecord as CommitRecord
+from genescale.ingestion.table.records import DatasetRecord as DatasetRecord
+from genescale.ingestion.table.records import NewPart as NewPart
+from genescale.ingestion.table.records import Source as Source
+from genescale.ingestion.table.records import dataset_folder as dataset_folder
+from genescale.ingestion.table.records import dataset_records
+from genescale.ingestion.table.records import parse_reference as parse_reference
+from genescale.ingestion.table.source_files import read_recorded
 from genescale.platform.address import parse
 from genescale.platform.errors import AlreadyExistsError, CorpusError, IntegrityError, NotFoundError, did_you_mean
 from genescale.platform.storage import Store, join

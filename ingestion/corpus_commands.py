@@ -11,7 +11,7 @@ from genescale.platform.cli import begin, command_parser
 
 if TYPE_CHECKING:
     from genescale.ingestion.corpus import Corpus
-    from genescale.ingestion.verify import VerifyReport
+    from genescale.ingestion.table.verify import VerifyReport
     from genescale.platform.progress import Progress
     from genescale.platform.settings import Settings
     from genescale.platform.storage import Store
@@ -117,7 +117,7 @@ def _said(as_json: bool, facts: Any, text: Callable[[], str]) -> None:
 
 def _show(arguments: argparse.Namespace, store: Store, settings: Settings) -> int:
     from genescale.ingestion.corpus import Corpus
-    from genescale.ingestion.corpus_text import corpus_facts, show_text
+    from genescale.ingestion.table.corpus_text import corpus_facts, show_text
 
     facts = corpus_facts(Corpus.open(arguments.corpus, store))
     _said(arguments.json, facts, lambda: show_text(facts))
@@ -126,7 +126,7 @@ def _show(arguments: argparse.Namespace, store: Store, settings: Settings) -> in
 
 def _history(arguments: argparse.Namespace, store: Store, settings: Settings) -> int:
     from genescale.ingestion.corpus import Corpus
-    from genescale.ingestion.corpus_text import history_facts, history_text
+    from genescale.ingestion.table.corpus_text import history_facts, history_text
 
     records = Corpus.open(arguments.corpus, store).history()
     _said(arguments.json, history_facts(records), lambda: history_text(records))
@@ -135,8 +135,8 @@ def _history(arguments: argparse.Namespace, store: Store, settings: Settings) ->
 
 def _diff(arguments: argparse.Namespace, store: Store, settings: Settings) -> int:
     from genescale.ingestion.corpus import Corpus
-    from genescale.ingestion.corpus_text import diff_text
-    from genescale.ingestion.diff import compare
+    from genescale.ingestion.table.corpus_text import diff_text
+    from genescale.ingestion.table.diff import compare
 
     found = compare(Corpus.open(arguments.corpus, store), Corpus.open(arguments.other, store))
     _said(arguments.json, found.to_dict(), lambda: diff_text(found))
@@ -145,8 +145,8 @@ def _diff(arguments: argparse.Namespace, store: Store, settings: Settings) -> in
 
 def _verify(arguments: argparse.Namespace, store: Store, settings: Settings) -> int:
     from genescale.ingestion.corpus import Corpus
-    from genescale.ingestion.corpus_text import verify_text
-    from genescale.ingestion.verify import verify
+    from genescale.ingestion.table.corpus_text import verify_text
+    from genescale.ingestion.table.verify import verify
     from genescale.platform.progress import stage
 
     found = Corpus.open(arguments.corpus, store)
@@ -161,8 +161,8 @@ def _verify(arguments: argparse.Namespace, store: Store, settings: Settings) -> 
 def _against_source(
     found: Corpus, report: VerifyReport, arguments: argparse.Namespace, store: Store, progress: Progress
 ) -> VerifyReport:
-    from genescale.ingestion.gene_table import read_gene_table
-    from genescale.ingestion.verify_source import against_source
+    from genescale.ingestion.annotation.gene_table import read_gene_table
+    from genescale.ingestion.table.verify_source import against_source
 
     table = read_gene_table(arguments.gene_table, store) if arguments.gene_table else None
     options = {"sample": arguments.sample, "seed": arguments.seed}
@@ -180,9 +180,9 @@ def _remove(arguments: argparse.Namespace, store: Store, settings: Settings) -> 
 
 
 def _compact(arguments: argparse.Namespace, store: Store, settings: Settings) -> int:
-    from genescale.ingestion.compact import DEFAULT_PART_MIB, compact
     from genescale.ingestion.corpus import Corpus
-    from genescale.ingestion.corpus_text import compact_text
+    from genescale.ingestion.table.compact import DEFAULT_PART_MIB, compact
+    from genescale.ingestion.table.corpus_text import compact_text
     from genescale.platform.cluster import ray_cluster
     from genescale.platform.progress import stage
 
@@ -196,8 +196,8 @@ def _compact(arguments: argparse.Namespace, store: Store, settings: Settings) ->
 
 def _shuffle(arguments: argparse.Namespace, store: Store, settings: Settings) -> int:
     from genescale.ingestion.corpus import Corpus
-    from genescale.ingestion.corpus_text import shuffle_text
-    from genescale.ingestion.shuffle import ShuffleConfig, shuffle
+    from genescale.ingestion.table.corpus_text import shuffle_text
+    from genescale.ingestion.table.shuffle import ShuffleConfig, shuffle
     from genescale.platform.cluster import ray_cluster
     from genescale.platform.progress import stage
     from genescale.platform.settings import build
@@ -214,8 +214,8 @@ def _shuffle(arguments: argparse.Namespace, store: Store, settings: Settings) ->
 
 def _gc(arguments: argparse.Namespace, store: Store, settings: Settings) -> int:
     from genescale.ingestion.corpus import Corpus
-    from genescale.ingestion.corpus_text import gc_text
-    from genescale.ingestion.gc import collect_garbage, parse_age
+    from genescale.ingestion.table.corpus_text import gc_text
+    from genescale.ingestion.table.gc import collect_garbage, parse_age
     from genescale.platform.progress import stage
 
     age = parse_age(arguments.older_than)
@@ -228,8 +228,8 @@ def _gc(arguments: argparse.Namespace, store: Store, settings: Settings) -> int:
 
 def _export(arguments: argparse.Namespace, store: Store, settings: Settings) -> int:
     from genescale.ingestion.corpus import Corpus
-    from genescale.ingestion.corpus_text import export_text
-    from genescale.ingestion.export import FILE_CELLS, export
+    from genescale.ingestion.table.corpus_text import export_text
+    from genescale.ingestion.table.export import FILE_CELLS, export
     from genescale.platform.cluster import ray_cluster
     from genescale.platform.progress import stage
 

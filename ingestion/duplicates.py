@@ -23,13 +23,13 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from genescale.ingestion.cells import DUPLICATE_CELL
+from genescale.ingestion.annotation.cells import DUPLICATE_CELL
 from genescale.ingestion.corpus import Corpus
-from genescale.ingestion.delta_table import TableFile
-from genescale.ingestion.part_files import read_rows, write_rows
-from genescale.ingestion.parts import Part, PartReader
-from genescale.ingestion.records import NewPart, dataset_folder
 from genescale.ingestion.schema import part_schema
+from genescale.ingestion.table.delta_table import TableFile
+from genescale.ingestion.table.part_files import read_rows, write_rows
+from genescale.ingestion.table.parts import Part, PartReader
+from genescale.ingestion.table.records import NewPart, dataset_folder
 from genescale.ingestion.tally import Tally, binned
 from genescale.ingestion.tokenise import QUARANTINE_SCHEMA
 from genescale.platform.errors import SettingsError, did_you_mean

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from genescale.ingestion.annotation.genes import GeneMap
 from genescale.ingestion.atlas import Rows
-from genescale.ingestion.cell_loops import normalise_cells, sweep_cells
-from genescale.ingestion.compiled import compiled
 from genescale.ingestion.counts import exact_limit
-from genescale.ingestion.genes import GeneMap
-from genescale.ingestion.kernel import check_structure, gene_numbers, plain_indices, plain_values
+from genescale.ingestion.ranking.cell_loops import normalise_cells, sweep_cells
+from genescale.ingestion.ranking.compiled import compiled
+from genescale.ingestion.ranking.kernel import check_structure, gene_numbers, plain_indices, plain_values
 from genescale.platform.errors import IntegrityError
 from genescale.platform.rank_value import TARGET_SUM
 from genescale.platform.vocabulary import Vocabulary

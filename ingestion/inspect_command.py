@@ -36,9 +36,9 @@ def inspect(argv: Sequence[str]) -> int:
         raise SettingsError("neither --vocabulary nor --corpus is given.", fix="Genes are judged against a vocabulary.")
 
     from genescale.ingestion.config import IngestConfig
-    from genescale.ingestion.inspect_text import document, text
-    from genescale.ingestion.inspection import inspect_sources
-    from genescale.ingestion.report import as_json
+    from genescale.ingestion.reports.inspect_text import document, text
+    from genescale.ingestion.reports.inspection import inspect_sources
+    from genescale.ingestion.reports.report import as_json
     from genescale.ingestion.sources import find_sources
     from genescale.platform.progress import stage
     from genescale.platform.settings import build

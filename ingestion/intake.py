@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from genescale.ingestion.config import IngestConfig
 from genescale.ingestion.corpus import Corpus
 from genescale.ingestion.plan import Failure
-from genescale.ingestion.records import DatasetRecord, Source
-from genescale.ingestion.report import SourceReport
+from genescale.ingestion.reports.report import SourceReport
+from genescale.ingestion.table.records import DatasetRecord, Source
 from genescale.platform.errors import CorpusError
 from genescale.platform.vocabulary import Vocabulary
 

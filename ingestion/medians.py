@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from genescale.ingestion.annotation.cells import KEPT, CellRules, counts_reasons, obs_reasons
+from genescale.ingestion.annotation.gene_columns import candidates, symbols
+from genescale.ingestion.annotation.gene_table import GeneTable, read_gene_table
+from genescale.ingestion.annotation.genes import GeneRules, map_genes
+from genescale.ingestion.annotation.species import ensembl_share, read_name, species_of_ids
 from genescale.ingestion.atlas import Atlas, Rows
-from genescale.ingestion.cells import KEPT, CellRules, counts_reasons, obs_reasons
 from genescale.ingestion.counts import explain, refuse_equal_sums
 from genescale.ingestion.fan_out import fan_out
-from genescale.ingestion.gene_columns import candidates, symbols
-from genescale.ingestion.gene_table import GeneTable, read_gene_table
-from genescale.ingestion.genes import GeneRules, map_genes
 from genescale.ingestion.histograms import CellSums, Counter
 from genescale.ingestion.histograms import Histogram as Histogram
 from genescale.ingestion.median_files import Earlier, Medians, read_histogram
 from genescale.ingestion.plan import Failure, Inspected, ReadConfig, Unit, blocks, guarded, inspect_files, opened
 from genescale.ingestion.sources import SourceSpec, find_sources
-from genescale.ingestion.species import ensembl_share, read_name, species_of_ids
 from genescale.ingestion.unit_work import Known
 from genescale.platform.errors import AtlasError, SettingsError
 from genescale.platform.progress import SILENT, Progress

@@ -19,18 +19,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from genescale.ingestion.annotation.gene_table import GeneTable
+from genescale.ingestion.annotation.genes import gene_table_bytes, map_genes
+from genescale.ingestion.annotation.obs_columns import summed_notes
 from genescale.ingestion.atlas import Atlas
 from genescale.ingestion.config import IngestConfig as IngestConfig
 from genescale.ingestion.corpus import Corpus, NewPart
 from genescale.ingestion.duplicates import resolve
 from genescale.ingestion.fan_out import fan_out
-from genescale.ingestion.gene_table import GeneTable
-from genescale.ingestion.genes import gene_table_bytes, map_genes
 from genescale.ingestion.intake import Wanted, history_details, sorted_out
 from genescale.ingestion.intake import dataset_name as dataset_name
-from genescale.ingestion.obs_columns import summed_notes
 from genescale.ingestion.plan import Failure, Inspected, inspect_files
-from genescale.ingestion.report import IngestReport, SourceReport
+from genescale.ingestion.reports.report import IngestReport, SourceReport
 from genescale.ingestion.source_configs import source_configs
 from genescale.ingestion.source_facts import check_tally, source_facts
 from genescale.ingestion.sources import find_sources

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from genescale.ingestion.annotation.gene_table import GeneTable, read_gene_table
 from genescale.ingestion.config import IngestConfig
-from genescale.ingestion.gene_table import GeneTable, read_gene_table
 from genescale.platform.errors import SettingsError
 from genescale.platform.storage import Store
 

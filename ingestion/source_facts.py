@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from genescale.ingestion.annotation.cells import BAD_VALUES, check_enough_cells
+from genescale.ingestion.annotation.gene_checks import declared_organisms
+from genescale.ingestion.annotation.genes import GeneMap, gene_report
+from genescale.ingestion.annotation.obs_columns import filled_from
+from genescale.ingestion.annotation.species import species_label, species_of_ids
 from genescale.ingestion.atlas import Atlas
-from genescale.ingestion.cells import BAD_VALUES, check_enough_cells
 from genescale.ingestion.config import IngestConfig
-from genescale.ingestion.gene_checks import declared_organisms
-from genescale.ingestion.genes import GeneMap, gene_report
-from genescale.ingestion.obs_columns import filled_from
-from genescale.ingestion.species import species_label, species_of_ids
 from genescale.ingestion.tally import Tally
 from genescale.platform.errors import AtlasError, NotCountsError
 from genescale.platform.vocabulary import Vocabulary

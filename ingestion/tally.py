@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from genescale.ingestion.distribution import doubling_edges
+from genescale.ingestion.reports.distribution import doubling_edges
 
 MOST_BINS = 8 * 60
 _EDGES = doubling_edges(MOST_BINS)

@@ -19,16 +19,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from genescale.ingestion.annotation.cells import BAD_VALUES, KEPT, CellRules, counts_reasons, obs_reasons
+from genescale.ingestion.annotation.genes import FATES, GeneMap
+from genescale.ingestion.annotation.obs_columns import harmonised, library_size_notes
 from genescale.ingestion.atlas import Atlas, Rows
-from genescale.ingestion.cells import BAD_VALUES, KEPT, CellRules, counts_reasons, obs_reasons
 from genescale.ingestion.counts import explain, fractions, refuse_equal_sums
-from genescale.ingestion.genes import FATES, GeneMap
-from genescale.ingestion.kernel import FAULTS, RankedRows, rank_rows
-from genescale.ingestion.obs_columns import harmonised, library_size_notes
-from genescale.ingestion.parts import PartWriter
 from genescale.ingestion.plan import Unit, blocks
-from genescale.ingestion.records import dataset_folder
+from genescale.ingestion.ranking.kernel import FAULTS, RankedRows, rank_rows
 from genescale.ingestion.schema import TOKEN_COLUMN, part_schema, rows_table
+from genescale.ingestion.table.parts import PartWriter
+from genescale.ingestion.table.records import dataset_folder
 from genescale.ingestion.tally import Tally as Tally
 from genescale.ingestion.tally import binned
 from genescale.platform.storage import Store, join

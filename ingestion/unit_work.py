@@ -10,10 +10,10 @@ import contextlib
 import dataclasses
 from typing import Any
 
+from genescale.ingestion.annotation.gene_table import GeneTable
+from genescale.ingestion.annotation.genes import GeneMap, GeneRules, map_genes
 from genescale.ingestion.atlas import Atlas
 from genescale.ingestion.config import IngestConfig
-from genescale.ingestion.gene_table import GeneTable
-from genescale.ingestion.genes import GeneMap, GeneRules, map_genes
 from genescale.ingestion.plan import Unit, guarded, opened, pieces
 from genescale.ingestion.tokenise import write_part
 from genescale.platform.storage import Store

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from genescale.ingestion.compiled import compiled
+from genescale.ingestion.ranking.compiled import compiled
 
 Array = npt.NDArray[Any]
 

@@ -87,8 +87,8 @@ def asked_cell(demo: Demo) -> tuple[int, dict[str, Any]]:
 
 def raw_cell(demo: Demo, position: int) -> dict[str, Any]:
     """One cell as an application would send it: its id and the raw count of every gene its atlas file has for it."""
+    from genescale.ingestion.annotation.gene_columns import candidates
     from genescale.ingestion.counts import checked
-    from genescale.ingestion.gene_columns import candidates
     from genescale.ingestion.opening import open_atlas
 
     corpus = corpus_of(demo)

@@ -30,7 +30,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "anndata": ("ingestion/",),
     "h5py": ("ingestion/",),
     "zarr": ("ingestion/",),
-    "deltalake": ("ingestion/delta_table.py",),
+    "deltalake": ("ingestion/table/delta_table.py",),
     "fastapi": ("serving/",),
     "pydantic": ("serving/",),
     "ray.serve": ("serving/",),

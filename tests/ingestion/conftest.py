@@ -15,8 +15,8 @@ from scipy import sparse
 from genescale.ingestion.atlas import Atlas, Slot
 from genescale.ingestion.corpus import Corpus, NewPart, Source, dataset_folder
 from genescale.ingestion.formats.memory_frame import MemoryFrame
-from genescale.ingestion.part_files import write_rows
 from genescale.ingestion.schema import part_schema, rows_table
+from genescale.ingestion.table.part_files import write_rows
 from genescale.platform.storage import Entry, Store
 from genescale.platform.vocabulary import Vocabulary
 

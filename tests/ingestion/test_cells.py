@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from genescale.ingestion.annotation.cells import REASONS, CellRules, check_enough_cells, counts_reasons, obs_reasons
 from genescale.ingestion.atlas import Atlas
-from genescale.ingestion.cells import REASONS, CellRules, check_enough_cells, counts_reasons, obs_reasons
 from genescale.ingestion.tally import Tally
 from genescale.platform.errors import AtlasError, SettingsError
 

@@ -25,11 +25,11 @@ from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.transaction import AddAction
 
 from genescale.ingestion.corpus import Corpus, NewPart, Source, dataset_folder, parse_reference
-from genescale.ingestion.delta_table import LostRaceError, Table
-from genescale.ingestion.gc import collect_garbage
-from genescale.ingestion.parts import ROW_GROUP_CELLS, part_bytes
 from genescale.ingestion.schema import CORPUS_SCHEMA_VERSION, part_schema, rows_table
-from genescale.ingestion.verify import verify
+from genescale.ingestion.table.delta_table import LostRaceError, Table
+from genescale.ingestion.table.gc import collect_garbage
+from genescale.ingestion.table.parts import ROW_GROUP_CELLS, part_bytes
+from genescale.ingestion.table.verify import verify
 from genescale.platform.errors import CorpusError, IntegrityError
 from genescale.platform.storage import Store, join
 from genescale.platform.vocabulary import Vocabulary

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from genescale.ingestion import compact as compact_module
-from genescale.ingestion.compact import compact
 from genescale.ingestion.corpus import Corpus
-from genescale.ingestion.diff import compare
 from genescale.ingestion.fan_out import fan_out as ray_fan_out
-from genescale.ingestion.verify import verify
+from genescale.ingestion.table import compact as compact_module
+from genescale.ingestion.table.compact import compact
+from genescale.ingestion.table.diff import compare
+from genescale.ingestion.table.verify import verify
 from genescale.platform.errors import ClusterError, CorpusError, SettingsError
 from genescale.platform.vocabulary import Vocabulary
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from genescale.ingestion import export as export_module
 from genescale.ingestion.corpus import Corpus
-from genescale.ingestion.export import export
-from genescale.ingestion.shuffle_stages import fan_out as ray_fan_out
+from genescale.ingestion.table import export as export_module
+from genescale.ingestion.table.export import export
+from genescale.ingestion.table.shuffle_stages import fan_out as ray_fan_out
 from genescale.platform.errors import AlreadyExistsError, ClusterError, CorpusError, SettingsError
 from genescale.platform.storage import join
 from genescale.platform.vocabulary import read_vocabulary
@@ -87,7 +87,7 @@ def test_some_datasets_of_some_version(two: Corpus, tmp_path: Path) -> None:
 def test_a_shuffled_corpus_keeps_its_order(
     two: Corpus, tmp_path: Path, planted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genescale.ingestion import shuffle, shuffle_stages
+    from genescale.ingestion.table import shuffle, shuffle_stages
 
     monkeypatch.setattr(shuffle_stages, "fan_out", export_module.fan_out)
     shuffle.shuffle(two, str(tmp_path / "mixed"), config=shuffle.ShuffleConfig(part_cells=100))

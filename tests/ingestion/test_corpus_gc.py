@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from genescale.ingestion.corpus import Corpus, dataset_folder
-from genescale.ingestion.gc import collect_garbage, parse_age
-from genescale.ingestion.verify import verify
+from genescale.ingestion.table.gc import collect_garbage, parse_age
+from genescale.ingestion.table.verify import verify
 from genescale.platform.errors import CorpusError, IntegrityError, SettingsError
 from genescale.platform.storage import join
 

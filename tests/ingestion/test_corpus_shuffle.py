@@ -12,13 +12,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from genescale.ingestion import compact as compact_module
-from genescale.ingestion import shuffle_stages
 from genescale.ingestion.corpus import Corpus
-from genescale.ingestion.gc import collect_garbage, parse_age
-from genescale.ingestion.shuffle import SCRATCH_FOLDER, ShuffleConfig, shuffle
-from genescale.ingestion.shuffle_order import buckets, place_hashes
-from genescale.ingestion.verify import verify
+from genescale.ingestion.table import compact as compact_module
+from genescale.ingestion.table import shuffle_stages
+from genescale.ingestion.table.gc import collect_garbage, parse_age
+from genescale.ingestion.table.shuffle import SCRATCH_FOLDER, ShuffleConfig, shuffle
+from genescale.ingestion.table.shuffle_order import buckets, place_hashes
+from genescale.ingestion.table.verify import verify
 from genescale.platform.errors import ClusterError, CorpusError
 from genescale.platform.storage import join
 

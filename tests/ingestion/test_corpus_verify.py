@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from genescale.ingestion.corpus import Corpus
-from genescale.ingestion.parquet_pages import page_faults
-from genescale.ingestion.verify import verify
+from genescale.ingestion.table.parquet_pages import page_faults
+from genescale.ingestion.table.verify import verify
 from genescale.platform.errors import SettingsError
 from genescale.platform.storage import Store, join
 
@@ -181,8 +181,8 @@ def test_several_faults_are_all_named(damaged: Corpus) -> None:
 
 
 def test_cells_that_are_there_twice_are_found(empty: Corpus, planted: Any) -> None:
-    from genescale.ingestion.part_files import write_rows
-    from genescale.ingestion.records import dataset_folder
+    from genescale.ingestion.table.part_files import write_rows
+    from genescale.ingestion.table.records import dataset_folder
 
     tables = [planted.rows(planted.cells(50, 1), "a", 0), planted.rows(planted.cells(50, 2), "a", 40)]
     at = {"corpus_uri": empty.uri, "store": empty.store}
@@ -196,8 +196,8 @@ def test_rows_that_cannot_be_are_found(empty: Corpus, planted: Any) -> None:
     """Sound bytes with wrong content: a token beyond the vocabulary, a length that is not that of the tokens."""
     import pyarrow as pa
 
-    from genescale.ingestion.part_files import write_rows
-    from genescale.ingestion.records import dataset_folder
+    from genescale.ingestion.table.part_files import write_rows
+    from genescale.ingestion.table.records import dataset_folder
 
     table = planted.rows(planted.cells(20, 1), "a")
     wrong = planted.rows([np.array([60_000], dtype=np.uint16)] * 20, "a", 20)
@@ -230,11 +230,11 @@ def test_in_object_storage(anywhere: Corpus, planted: Any) -> None:
 @pytest.fixture
 def ingested(write_atlas: Any, counts_of: Any, tmp_path: Path, vocabulary: Any, local_store: Store) -> Corpus:
     """Two atlases, ingested by the kernel without Ray, in a corpus whose history says how."""
+    from genescale.ingestion.annotation.genes import map_genes
     from genescale.ingestion.config import IngestConfig
-    from genescale.ingestion.genes import map_genes
     from genescale.ingestion.opening import stat_source
     from genescale.ingestion.plan import Unit, opened
-    from genescale.ingestion.records import NewPart, Source
+    from genescale.ingestion.table.records import NewPart, Source
     from genescale.ingestion.tokenise import write_part
 
     corpus = Corpus.create(str(tmp_path / "made"), vocabulary, local_store)
@@ -270,7 +270,7 @@ def ingested(write_atlas: Any, counts_of: Any, tmp_path: Path, vocabulary: Any, 
 
 
 def test_cells_are_made_again_from_their_sources(ingested: Corpus) -> None:
-    from genescale.ingestion.verify_source import against_source
+    from genescale.ingestion.table.verify_source import against_source
 
     sound = verify(ingested)
     report = against_source(ingested, sound, sample=1_000)
@@ -283,7 +283,7 @@ def test_cells_are_made_again_from_their_sources(ingested: Corpus) -> None:
 
 
 def test_a_cell_that_its_source_does_not_give_is_named(ingested: Corpus, tmp_path: Path, planted: Any) -> None:
-    from genescale.ingestion.verify_source import against_source
+    from genescale.ingestion.table.verify_source import against_source
 
     record = ingested.dataset("one")
     cells = ingested.tokens(range(record.n_cells))
@@ -297,8 +297,8 @@ def test_a_cell_that_its_source_does_not_give_is_named(ingested: Corpus, tmp_pat
         if column in ("total_counts", "n_genes", "source_row"):
             values = ingested.cells([column])[column].slice(0, record.n_cells).combine_chunks()
             rows = rows.set_column(number, rows.schema.field(number), values)
-    from genescale.ingestion.part_files import write_rows
-    from genescale.ingestion.records import Source, dataset_folder
+    from genescale.ingestion.table.part_files import write_rows
+    from genescale.ingestion.table.records import Source, dataset_folder
 
     part = write_rows(rows, 0, dataset_folder("one"), corpus_uri=other.uri, store=other.store)
     source = Source(**record.details["source"])
@@ -313,7 +313,7 @@ def test_a_cell_that_its_source_does_not_give_is_named(ingested: Corpus, tmp_pat
 
 
 def test_sources_that_are_gone_or_changed_are_said(ingested: Corpus) -> None:
-    from genescale.ingestion.verify_source import against_source
+    from genescale.ingestion.table.verify_source import against_source
 
     sound = verify(ingested)
     Path(ingested.dataset("one").source_uri).unlink()

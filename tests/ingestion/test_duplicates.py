@@ -11,14 +11,14 @@ import pyarrow as pa
 import pytest
 
 import genescale.ingestion.duplicates as duplicates
-from genescale.ingestion.cells import CellRules
+from genescale.ingestion.annotation.cells import CellRules
+from genescale.ingestion.annotation.genes import GeneRules, map_genes
 from genescale.ingestion.corpus import Corpus, NewPart, Source, dataset_folder
 from genescale.ingestion.duplicates import Policy, Resolution, resolve
-from genescale.ingestion.genes import GeneRules, map_genes
 from genescale.ingestion.opening import open_atlas
-from genescale.ingestion.part_files import write_rows
 from genescale.ingestion.plan import Unit
 from genescale.ingestion.schema import part_schema, rows_table
+from genescale.ingestion.table.part_files import write_rows
 from genescale.ingestion.tally import Tally, binned
 from genescale.ingestion.tokenise import write_part
 from genescale.platform.errors import SettingsError

@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
+from genescale.ingestion.annotation.gene_table import (
+    GeneTable,
+    harvest,
+    harvest_table,
+    read_gene_table,
+    write_gene_table,
+)
 from genescale.ingestion.atlas import Atlas
-from genescale.ingestion.gene_table import GeneTable, harvest, harvest_table, read_gene_table, write_gene_table
 from genescale.platform.errors import AtlasError, InputError, SettingsError
 from genescale.platform.storage import Store
 

@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from genescale.ingestion.atlas import Atlas
-from genescale.ingestion.gene_table import GeneTable, read_gene_table
-from genescale.ingestion.genes import (
+from genescale.ingestion.annotation.gene_table import GeneTable, read_gene_table
+from genescale.ingestion.annotation.genes import (
     COUNTED,
     FATES,
     GeneMap,
@@ -27,8 +26,9 @@ from genescale.ingestion.genes import (
     map_genes,
     symbols,
 )
+from genescale.ingestion.annotation.species import MITOCHONDRIAL_IDS, mouse_spelled, named_species, read_name
+from genescale.ingestion.atlas import Atlas
 from genescale.ingestion.opening import open_atlas
-from genescale.ingestion.species import MITOCHONDRIAL_IDS, mouse_spelled, named_species, read_name
 from genescale.platform.errors import AtlasError, SettingsError
 from genescale.platform.storage import Store
 from genescale.platform.vocabulary import Vocabulary, canonical_id, read_vocabulary

@@ -17,8 +17,8 @@ import pytest
 
 from genescale.ingestion.config import IngestConfig
 from genescale.ingestion.inspect_command import inspect
-from genescale.ingestion.inspect_text import text
-from genescale.ingestion.inspection import Inspection, inspect_source, inspect_sources, sampled_ranges
+from genescale.ingestion.reports.inspect_text import text
+from genescale.ingestion.reports.inspection import Inspection, inspect_source, inspect_sources, sampled_ranges
 from genescale.ingestion.sources import find_sources
 from genescale.platform import cli
 from genescale.platform.errors import SettingsError
@@ -149,7 +149,7 @@ def test_a_refused_file_is_told_with_the_error_and_exit_status_1(
 def test_bad_values_anywhere_are_found_by_a_full_read(
     write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genescale.ingestion import inspection
+    from genescale.ingestion.reports import inspection
 
     monkeypatch.setattr(inspection, "SAMPLED_CELLS", 64)
     monkeypatch.setattr(inspection, "SAMPLED_VALUES", 2_000)
@@ -176,7 +176,7 @@ def test_bad_values_anywhere_are_found_by_a_full_read(
 def test_a_sample_says_that_it_is_one_when_it_refuses(
     write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genescale.ingestion import inspection
+    from genescale.ingestion.reports import inspection
 
     monkeypatch.setattr(inspection, "SAMPLED_CELLS", 32)
     # One cell of a rare kind, which no sample meets.
@@ -192,7 +192,7 @@ def test_a_sample_says_that_it_is_one_when_it_refuses(
 def test_a_large_gene_major_file_is_read_only_when_asked_for(
     write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genescale.ingestion import inspection
+    from genescale.ingestion.reports import inspection
 
     path = write_atlas("one.h5ad", counts_of(200).tocsc())
     small = looked(path, vocabulary, local_store)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genescale.ingestion.annotation.genes import FATES, GeneMap
 from genescale.ingestion.atlas import Rows
-from genescale.ingestion.genes import FATES, GeneMap
-from genescale.ingestion.kernel import RankedRows, rank_rows
+from genescale.ingestion.ranking.kernel import RankedRows, rank_rows
 from genescale.platform.errors import AtlasError, InputError, LimitError, NotCountsError
 from genescale.platform.rank_value import rank_value_tokens
 from genescale.platform.vocabulary import Vocabulary
@@ -319,7 +319,7 @@ def test_no_cells_and_no_genes() -> None:
 
 def test_it_compiles_where_no_cache_can_be_written(tmp_path: Path) -> None:
     """As in a read-only image without a home: Numba finds no place for code that stands in no file either."""
-    code = "from genescale.ingestion.compiled import compiled\nprint(compiled(lambda a: a + 1)(41))\n"
+    code = "from genescale.ingestion.ranking.compiled import compiled\nprint(compiled(lambda a: a + 1)(41))\n"
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=tmp_path,
                          env={**os.environ, "HOME": "/nonexistent"}, timeout=120)  # fmt: skip
     assert run.stdout.strip() == "42", run.stderr

@@ -232,8 +232,8 @@ def test_cells_that_ingestion_leaves_out_do_not_count(
 
 def test_deep_and_shallow_cells_together() -> None:
     """Values far outside the bins that the first block of a file suggests are counted all the same."""
+    from genescale.ingestion.annotation.genes import GeneMap
     from genescale.ingestion.atlas import Rows
-    from genescale.ingestion.genes import GeneMap
     from genescale.ingestion.histograms import Counter
     from genescale.platform.vocabulary import Vocabulary
 

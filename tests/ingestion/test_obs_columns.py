@@ -10,8 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from genescale.ingestion.annotation.obs_columns import (
+    LONGEST_TEXT,
+    as_booleans,
+    harmonised,
+    library_size_notes,
+    summed_notes,
+)
 from genescale.ingestion.atlas import Atlas
-from genescale.ingestion.obs_columns import LONGEST_TEXT, as_booleans, harmonised, library_size_notes, summed_notes
 from genescale.ingestion.opening import open_atlas
 from genescale.ingestion.schema import part_schema, rows_table
 from genescale.platform.errors import SettingsError

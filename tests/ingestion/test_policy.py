@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from genescale.ingestion.inspection import Inspection, inspect_source
 from genescale.ingestion.pipeline import IngestConfig, ingest
+from genescale.ingestion.reports.inspection import Inspection, inspect_source
 from genescale.platform.storage import Store
 from genescale.platform.vocabulary import Vocabulary
 from genescale.platform.vocabulary_command import vocabulary as vocabulary_command

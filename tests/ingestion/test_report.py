@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genescale.ingestion.cells import REASONS
-from genescale.ingestion.distribution import Distribution, doubling_edges, spreads
-from genescale.ingestion.findings import NEXT_BY_REASON, findings
-from genescale.ingestion.gene_names import FATES
+from genescale.ingestion.annotation.cells import REASONS
+from genescale.ingestion.annotation.gene_names import FATES
 from genescale.ingestion.plan import Failure
-from genescale.ingestion.report import IngestReport, SourceReport, summary, write_report
-from genescale.ingestion.report_figures import CELL_COLOURS, FATE_COLOURS
-from genescale.ingestion.report_page import html
+from genescale.ingestion.reports.distribution import Distribution, doubling_edges, spreads
+from genescale.ingestion.reports.findings import NEXT_BY_REASON, findings
+from genescale.ingestion.reports.report import IngestReport, SourceReport, summary, write_report
+from genescale.ingestion.reports.report_figures import CELL_COLOURS, FATE_COLOURS
+from genescale.ingestion.reports.report_page import html
 from genescale.ingestion.tally import Tally, binned
 from genescale.platform.errors import GenescaleError
 from genescale.platform.storage import Store, join

@@ -11,8 +11,8 @@ import anndata
 import numpy as np
 import pytest
 
+from genescale.ingestion.annotation.obs_columns import harmonised
 from genescale.ingestion.counts import checked
-from genescale.ingestion.obs_columns import harmonised
 from genescale.ingestion.opening import open_atlas
 from genescale.ingestion.simulate import SimulateConfig, SimulatedAtlas, draw_cells, simulate
 from genescale.ingestion.simulate_network import plant_network, truth_of

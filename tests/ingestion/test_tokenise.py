@@ -12,11 +12,11 @@ import pytest
 from scipy import sparse
 
 from genescale.ingestion import plan
-from genescale.ingestion.cells import CellRules
-from genescale.ingestion.genes import FATES, GeneRules, map_genes
+from genescale.ingestion.annotation.cells import CellRules
+from genescale.ingestion.annotation.genes import FATES, GeneRules, map_genes
 from genescale.ingestion.opening import open_atlas
-from genescale.ingestion.parts import PartWriter, part_bytes
 from genescale.ingestion.plan import Unit
+from genescale.ingestion.table.parts import PartWriter, part_bytes
 from genescale.ingestion.tally import Tally
 from genescale.ingestion.tokenise import write_part
 from genescale.platform.errors import AtlasError

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from genescale.ingestion.plan import Failure
-from genescale.ingestion.report import IngestReport, SourceReport
+from genescale.ingestion.reports.report import IngestReport, SourceReport
+from genescale.ingestion.reports.tracking_report import log_ingest, track_ingest
 from genescale.ingestion.tally import Tally
-from genescale.ingestion.tracking_report import log_ingest, track_ingest
 from genescale.platform.memory_tracker import MemoryTracker
 from genescale.platform.settings import Settings, TrackingSettings
 

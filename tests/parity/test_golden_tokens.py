@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 from scipy import sparse
 
+from genescale.ingestion.annotation.genes import GeneRules, map_genes
 from genescale.ingestion.counts import checked
-from genescale.ingestion.genes import GeneRules, map_genes
 from genescale.ingestion.opening import open_atlas
 from genescale.platform.rank_value import rank_value_tokens
 from genescale.platform.storage import Store

@@ -146,8 +146,8 @@ def test_a_screen_and_the_service_agree_on_the_same_cells_bit_for_bit(
 def write_corpus(uri: str, vocabulary: Vocabulary, store: Store, cells: list[np.ndarray]) -> Corpus:
 
     from genescale.ingestion.corpus import Corpus, NewPart, Source, dataset_folder
-    from genescale.ingestion.parts import part_bytes
     from genescale.ingestion.schema import part_schema, rows_table
+    from genescale.ingestion.table.parts import part_bytes
 
     n = len(cells)
     columns = {

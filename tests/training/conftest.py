@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from genescale.ingestion.corpus import Corpus, NewPart, Source, dataset_folder
-from genescale.ingestion.parts import part_bytes
 from genescale.ingestion.schema import part_schema, rows_table
+from genescale.ingestion.table.parts import part_bytes
 from genescale.platform.bundle import Bundle, write_bundle
 from genescale.platform.settings import StorageSettings
 from genescale.platform.storage import Store, join

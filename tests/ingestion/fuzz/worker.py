@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from mutations import mutate
 from originals import vocabulary
 
-from genescale.ingestion.genes import map_genes
+from genescale.ingestion.annotation.genes import map_genes
 from genescale.ingestion.opening import open_atlas
 from genescale.ingestion.pipeline import IngestConfig
 from genescale.ingestion.plan import Unit, pieces, planned
