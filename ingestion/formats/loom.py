@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from genescale.ingestion.atlas import Atlas, Layout, Matrix, Rows
+from genescale.ingestion.atlas import Atlas, Matrix
 from genescale.ingestion.formats.dataframes import scalar_text
 from genescale.ingestion.formats.dense_matrix import MAX_BAND_BYTES, DenseMatrix
 from genescale.ingestion.formats.hdf5_safety import check_written, opened
@@ -31,6 +31,7 @@ from genescale.ingestion.formats.hdf5_tree import HdfArray, HdfGroup
 from genescale.ingestion.formats.memory_frame import MemoryFrame, RangeReader
 from genescale.ingestion.formats.scratch import (
     Triplets,
+    TurnedMatrix,
     check_room,
     scratch_errors,
     scratch_folder,
@@ -148,7 +149,7 @@ def _matrix(dataset: h5py.Dataset, shape: tuple[int, int], where: str, uri: str,
             nnz=None,
         )
     )
-    return GeneMajor(by_gene, by_rows)
+    return TurnedMatrix(by_rows, "dense", by_gene.sample_values)
 
 
 class LoomMatrix(DenseMatrix):
@@ -212,31 +213,6 @@ class GeneBlocks:
         places = np.unique(np.linspace(0, n_genes - 1, SAMPLED_GENES).astype(np.int64))
         rows = [self.array.genes(int(place), int(place) + 1).ravel() for place in places]
         return np.concatenate([row[row != 0] for row in rows])
-
-
-class GeneMajor:
-    """A matrix that can only be read gene by gene: its rows come from scratch, made when they are asked for."""
-
-    layout: Layout = "dense"
-    sequential = True
-
-    def __init__(self, by_gene: GeneBlocks, by_rows: Matrix) -> None:
-        self.where, self.dtype = by_rows.where, by_rows.dtype
-        self.n_cells, self.n_genes = by_rows.n_cells, by_rows.n_genes
-        self._by_gene, self._by_rows = by_gene, by_rows
-
-    @property
-    def stored_before(self) -> npt.NDArray[np.int64]:
-        """Values stored before each cell (n+1)."""
-        return self._by_rows.stored_before
-
-    def read(self, start: int, stop: int) -> Rows:
-        """Stored values of cells start … stop-1."""
-        return self._by_rows.read(start, stop)
-
-    def sample_values(self) -> npt.NDArray[Any]:
-        """Values of some genes, spread over the matrix."""
-        return self._by_gene.sample_values()
 
 
 def _frame(root: Group, folder: str, path: str, names: Sequence[str], rows: int) -> MemoryFrame:

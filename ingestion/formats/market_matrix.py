@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from genescale.ingestion.atlas import Atlas, Layout, Matrix, Rows
+from genescale.ingestion.atlas import Atlas
 from genescale.ingestion.formats.layouts import triple_of
 from genescale.ingestion.formats.market_text import Header, check_declared, inflated, read_entries, read_header
 from genescale.ingestion.formats.memory_frame import MemoryFrame
-from genescale.ingestion.formats.scratch import Triplets, scratch_matrix, scratch_note
+from genescale.ingestion.formats.scratch import Triplets, TurnedMatrix, scratch_matrix, scratch_note
 from genescale.ingestion.formats.signatures import GZIP
 from genescale.ingestion.formats.unfiltered import refuse_unfiltered
 from genescale.ingestion.slots import choose_slot
@@ -64,7 +64,7 @@ def open_mtx(
         nnz=header.n_entries,
         check=unfiltered,
     ) as by_rows:
-        made = MarketMatrix(text, by_rows)
+        made = TurnedMatrix(by_rows, "triplets", text.first_values)
         slot = choose_slot({SLOT: lambda: made}, counts_slot, where=matrix.uri, allow_fractional=allow_fractional)
         yield Atlas(
             entry=entry,
@@ -92,30 +92,9 @@ class MarketText:
             for rows, columns, values in read_entries(text, self.header, self.matrix.uri):
                 yield (columns, rows, values) if self.genes_by_cells else (rows, columns, values)
 
-
-class MarketMatrix:
-    """Cells × genes by rows out of a Matrix Market file; see `atlas.Matrix`. Rows are made when they are asked for."""
-
-    layout: Layout = "triplets"
-    sequential = True
-
-    def __init__(self, text: MarketText, by_rows: Matrix) -> None:
-        self.where, self.dtype = by_rows.where, by_rows.dtype
-        self.n_cells, self.n_genes = by_rows.n_cells, by_rows.n_genes
-        self._text, self._by_rows = text, by_rows
-
-    @property
-    def stored_before(self) -> npt.NDArray[np.int64]:
-        """Values stored before each cell (n+1)."""
-        return self._by_rows.stored_before
-
-    def read(self, start: int, stop: int) -> Rows:
-        """Stored values of cells start … stop-1."""
-        return self._by_rows.read(start, stop)
-
-    def sample_values(self) -> npt.NDArray[Any]:
+    def first_values(self) -> npt.NDArray[Any]:
         """Values from the beginning of the file: a stream of text cannot be entered elsewhere."""
-        return next((values for _, _, values in self._text.triplets()), np.empty(0, dtype=self.dtype))
+        return next((values for _, _, values in self.triplets()), np.empty(0, dtype=self.header.dtype))
 
 
 def _header(matrix: Entry, store: Store) -> Header:

@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from genescale.ingestion.atlas import Layout, Rows
+from genescale.ingestion.atlas import Layout, Matrix, Rows
 from genescale.platform.errors import AtlasError, StorageError
 from genescale.platform.log import get_logger
 
@@ -200,6 +200,29 @@ class ScratchMatrix:
                     f"{self._nnz:,} values are declared but more are there.", where=self.where, fix="Write it again."
                 )
             yield cells, genes, values
+
+
+class TurnedMatrix:
+    """A matrix that can only be read from beginning to end: its rows come from scratch, made when they are asked for.
+
+    sample: values of the file itself, to look at before anything is turned.
+    """
+
+    sequential = True
+
+    def __init__(self, by_rows: Matrix, layout: Layout, sample: Callable[[], npt.NDArray[Any]]) -> None:
+        self.where, self.dtype, self.layout = by_rows.where, by_rows.dtype, layout
+        self.n_cells, self.n_genes = by_rows.n_cells, by_rows.n_genes
+        self._by_rows, self.sample_values = by_rows, sample
+
+    @property
+    def stored_before(self) -> npt.NDArray[np.int64]:
+        """Values stored before each cell (n+1)."""
+        return self._by_rows.stored_before
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Stored values of cells start … stop-1."""
+        return self._by_rows.read(start, stop)
 
 
 def range_starts(before: npt.NDArray[np.int64], values: int) -> npt.NDArray[np.int64]:
