@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from genescale.ingestion.annotation.gene_table import GeneTable
 from genescale.ingestion.annotation.genes import GeneMap, map_genes
-from genescale.ingestion.annotation.obs_columns import TARGETS, summed_notes
+from genescale.ingestion.annotation.obs_columns import TARGETS, filled_from, summed_notes
 from genescale.ingestion.atlas import Atlas
 from genescale.ingestion.config import IngestConfig
 from genescale.ingestion.intake import dataset_name, sorted_out
@@ -147,7 +147,7 @@ def inspect_source(
 
     def look() -> dict[str, Any]:
         with opened(uri, etag, config.counts_slot, config, store) as atlas:
-            _describe(found, atlas)
+            _describe(found, atlas, config)
             genes = map_genes(atlas, vocabulary, rules=config, table=table)
             _describe_genes(found, atlas, genes, vocabulary, config)
             _try(found, atlas, genes, vocabulary, config, full=full)
@@ -162,13 +162,17 @@ def inspect_source(
     return found
 
 
-def _describe(found: Inspection, atlas: Atlas) -> None:
+def _describe(found: Inspection, atlas: Atlas, config: IngestConfig) -> None:
     source, matrix = found.source, atlas.matrix
     source.kind, source.size_bytes, source.notes = atlas.kind, atlas.entry.size_bytes, tuple(atlas.notes)
     source.counts_slot, source.slot_reason, source.slots_seen = atlas.slot, atlas.slot_reason, dict(atlas.slots_seen)
     found.n_cells, found.n_genes = atlas.n_cells, atlas.n_genes
     found.dtype, found.layout, found.sequential = str(matrix.dtype), matrix.layout, matrix.sequential
-    found.obs_missing, found.obs_unused = TARGETS, tuple(atlas.obs.columns)
+    filled = {name: column for name, column in filled_from(atlas, config.obs).items() if column}
+    source.obs_columns = filled
+    found.obs_missing = tuple(name for name in TARGETS if name not in filled)
+    used = {*filled.values(), *config.keep_obs}
+    found.obs_unused = tuple(column for column in atlas.obs.columns if column not in used)
 
 
 def _describe_genes(
@@ -176,10 +180,6 @@ def _describe_genes(
 ) -> None:
     for name, value in source_facts(atlas, genes, vocabulary, config).items():
         setattr(found.source, name, tuple(value) if isinstance(value, list) else value)
-    filled = found.source.obs_columns
-    found.obs_missing = tuple(name for name in TARGETS if name not in filled)
-    used = {*filled.values(), *config.keep_obs}
-    found.obs_unused = tuple(column for column in atlas.obs.columns if column not in used)
 
 
 def _try(

@@ -129,7 +129,7 @@ def test_a_refused_file_is_told_with_the_error_and_exit_status_1(
     write_atlas("good.h5ad", counts_of(20))
     write_atlas("log.h5ad", np.log1p(counts_of(20)))
     mouse = [f"ENSMUSG{i:011d}" for i in range(1, 61)]
-    write_atlas("mouse.h5ad", counts_of(20), genes=mouse)
+    write_atlas("mouse.h5ad", counts_of(20), genes=mouse, obs={"cell_type": ["B"] * 20})
     (tmp_path / "page.h5ad").write_text("<html>no such key</html>")
     assert inspect(["*.h5ad", "--vocabulary", known]) == 1
     shown = capsys.readouterr().out
@@ -143,6 +143,7 @@ def test_a_refused_file_is_told_with_the_error_and_exit_status_1(
     assert told["log"]["slots_seen"] == {} or "X" in told["log"]["slots_seen"]
     # What was found out before the refusal is there: the mouse file's format and counts.
     assert (told["mouse"]["kind"], told["mouse"]["counts_slot"]) == ("h5ad", "X")
+    assert told["mouse"]["obs_columns"] == {"cell_type": "cell_type"}
     assert all(len(source["findings"][0]["next"]) > 20 for source in told.values() if not source["accepted"])
 
 
