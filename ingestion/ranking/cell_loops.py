@@ -212,6 +212,7 @@ def _content_hash(token_k: Array, count_k: Array, genes: int) -> int:
     for k in range(genes):
         mixed = bits_k[k] ^ (np.uint64(token_k[k] + 1) * np.uint64(0x9E3779B97F4A7C15))
         mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
         total += mixed ^ (mixed >> np.uint64(32))
     return np.int64(total)
 
