@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from genescale.platform.bundle import Bundle
     from genescale.platform.settings import Settings
-    from genescale.training.finetune import FinetuneResult
+    from genescale.training.fitting.finetune import FinetuneResult
 
 MODEL_HELP = "models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder (local or s3://)"
 EMBED_EPILOG = """\
@@ -118,8 +118,8 @@ def finetune(argv: Sequence[str]) -> int:
     from genescale.platform.settings import build
     from genescale.platform.storage import Store
     from genescale.platform.tracking import open_tracker
-    from genescale.training.finetune import FinetuneConfig
-    from genescale.training.finetune import finetune as run_finetune
+    from genescale.training.fitting.finetune import FinetuneConfig
+    from genescale.training.fitting.finetune import finetune as run_finetune
 
     config = build(FinetuneConfig, _finetune_values(arguments), where=arguments.config or "options")
     store = Store(settings.storage)
@@ -157,8 +157,8 @@ def tune(argv: Sequence[str]) -> int:
     from genescale.platform.progress import stage
     from genescale.platform.storage import Store
     from genescale.platform.tracking import open_tracker
-    from genescale.training.sweep_spec import read_spec
-    from genescale.training.tune import tune as run_tune
+    from genescale.training.sweeps.sweep_spec import read_spec
+    from genescale.training.sweeps.tune import tune as run_tune
 
     spec = read_spec(arguments.spec)
     store = Store(settings.storage)

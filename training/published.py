@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from genescale.platform.bundle import CONFIG, VOCABULARY, WEIGHTS, Bundle, write_bundle
 from genescale.platform.errors import AlreadyExistsError, InputError, IntegrityError, VocabularyError
 from genescale.platform.vocabulary import Vocabulary
-from genescale.training.heads import HEAD_JSON, HEAD_TENSORS, CellClassHead, HeadSpec, head_of
+from genescale.training.heads.cell_classes import HEAD_JSON, HEAD_TENSORS, CellClassHead, HeadSpec, head_of
 from genescale.training.model import EncoderConfig
 from genescale.training.weights import encoder_from_hf, from_hf, to_hf
 

@@ -177,7 +177,7 @@ def embed_atlas(demo: Demo, progress: Progress) -> Made:
 
 def fit_head(demo: Demo, progress: Progress) -> Made:
     """A cell-type head on the frozen encoder, scored on donors it has not seen."""
-    from genescale.training.finetune import FinetuneConfig, finetune
+    from genescale.training.fitting.finetune import FinetuneConfig, finetune
 
     corpus, label = corpus_of(demo), demo.config.label
     split = head_split(corpus, label)

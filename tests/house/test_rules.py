@@ -134,7 +134,7 @@ def test_every_package_is_listed() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = {relative(path.parent) for path in FILES} | {"training/recipes"}
+    folders = {relative(path.parent) for path in FILES} | {"training/recipes", "training/tasks"}
     assert set(project["package-dir"].values()) == folders
     assert set(project["packages"]) == set(project["package-dir"])
 

@@ -27,7 +27,7 @@ from genescale.platform.storage import Store, join
 from genescale.training.embed import EmbedConfig, embed_corpus, plan_units
 from genescale.training.embedder import Embedder
 from genescale.training.embeddings import annotate_h5ad, read_embeddings, read_manifest
-from genescale.training.finetune import FinetuneConfig, prepare, task_vectors
+from genescale.training.fitting.finetune import FinetuneConfig, prepare, task_vectors
 
 # Small units, so that the corpus of some 6,000 tokens in four parts becomes more files than parts.
 SMALL = EmbedConfig(device="cpu", actors=1, tokens_per_unit=800)

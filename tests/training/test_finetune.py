@@ -15,9 +15,9 @@ from genescale.ingestion.corpus import Corpus
 from genescale.platform.bundle import Bundle, open_bundle
 from genescale.platform.errors import AlreadyExistsError, CorpusError, InputError, SettingsError
 from genescale.platform.tracking import MemoryTracker
-from genescale.training.finetune import FinetuneConfig, FinetuneResult, finetune
-from genescale.training.fitting import FitConfig, Vectors, fit_head, learning_rate_factor
-from genescale.training.heads import HeadSpec, load_classifier
+from genescale.training.fitting.finetune import FinetuneConfig, FinetuneResult, finetune
+from genescale.training.fitting.head_fitting import FitConfig, Vectors, fit_head, learning_rate_factor
+from genescale.training.heads.cell_classes import HeadSpec, load_classifier
 
 FROZEN = FinetuneConfig(
     epochs=20, patience=10, fractions=(0.6, 0.2, 0.2), cells_per_batch=32, device="cpu", learning_rate=3e-2

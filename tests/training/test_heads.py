@@ -12,7 +12,7 @@ import torch
 from genescale.platform.bundle import Bundle, open_bundle, write_bundle
 from genescale.platform.errors import InputError, IntegrityError, SettingsError
 from genescale.training.embedder import Embedder
-from genescale.training.heads import CellClassHead, HeadSpec, head_of, load_classifier
+from genescale.training.heads.cell_classes import CellClassHead, HeadSpec, head_of, load_classifier
 
 CLASSES = ("b_cell", "monocyte", "t_cell")
 

@@ -54,19 +54,30 @@ CONFIG = PretrainConfig(
     log_every=2,
     model_name="test-model",
 )
-# Reads of a worker: one for each held-out step, then one for each training step, some of them ahead of the step.
-DEADLY_READ = 14
+# Reads of a worker: four for the held-out steps, then one for each training step, some of them ahead of the step. At this
+# one the first checkpoint needs no more reads of it.
+DEADLY_READ = 9
 Reference = tuple[LoopResult, dict[int, dict[str, float]], dict[str, np.ndarray]]
 
 
 class DeadlyCorpus:
-    """A corpus whose reader is killed with SIGKILL in mid-run: once over all workers, or each time."""
+    """A corpus whose reader is killed with SIGKILL in mid-run: once over all workers, or each time.
+
+    It dies when a checkpoint is stored and not before, so that the run has one to go on from.
+    """
 
     def __init__(
-        self, corpus: Corpus, marker: Path, *, once: bool = True, rank: int | None = None, read: int = DEADLY_READ
+        self,
+        corpus: Corpus,
+        marker: Path,
+        *,
+        run: tuple[Store, str],
+        once: bool = True,
+        rank: int | None = None,
+        read: int = DEADLY_READ,
     ) -> None:
-        self.corpus, self.marker, self.once, self.rank, self.read = corpus, marker, once, rank, read
-        self.reads = 0
+        self.corpus, self.marker, self.run, self.once = corpus, marker, run, once
+        self.rank, self.read, self.reads = rank, read, 0
 
     def __getattr__(self, name: str) -> Any:
         if name == "corpus":  # asked for while unpickling, before there is anything to delegate to
@@ -78,9 +89,16 @@ class DeadlyCorpus:
 
         self.reads += 1
         chosen = self.rank is None or torch.distributed.get_rank() == self.rank
-        if self.reads == self.read and chosen and self.claims_the_death():
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.reads == self.read and chosen:
+            self.await_a_checkpoint()
+            if self.claims_the_death():
+                os.kill(os.getpid(), signal.SIGKILL)
         return self.corpus.tokens(indices)
+
+    def await_a_checkpoint(self) -> None:
+        store, home = self.run
+        while not store.exists(f"{home}/checkpoints/ledger.json"):
+            time.sleep(0.02)
 
     def claims_the_death(self) -> bool:
         try:
@@ -159,8 +177,8 @@ def outcome(
     """Two workers, the first of which is killed in mid-run, and a tracker that is away for a while."""
     folder = tmp_path_factory.mktemp("pretrain")
     tracker, settings = AwayTracker(), settings_for(folder)
-    corpus: Any = DeadlyCorpus(tiny_corpus, folder / "died", rank=0)
     store = Store(settings.storage)
+    corpus: Any = DeadlyCorpus(tiny_corpus, folder / "died", run=(store, str(folder / "runs" / "run")), rank=0)
     where = {"settings": settings, "store": store, "storage_uri": str(folder / "runs"), "tracker": tracker}
     patience = Patience(total_s=60, first_pause_s=0.5, longest_pause_s=2)
     result = pretrain(CONFIG, corpus, workers=2, run_name="run", patience=patience, **where)
@@ -286,9 +304,10 @@ def test_a_lost_run_goes_on_with_another_number_of_workers_on_the_same_curve(
     config = dataclasses.replace(CONFIG, max_failures=0, optimizer=optimizer)
     # A relative folder is the driver's: workers have another working folder.
     monkeypatch.chdir(tmp_path)
-    where = {"settings": settings, "store": Store(settings.storage), "storage_uri": "runs", "run_name": "lost"}
-    read = random.SystemRandom().randrange(9, 17)
-    doomed: Any = DeadlyCorpus(tiny_corpus, tmp_path / "died", once=False, read=read)
+    store = Store(settings.storage)
+    where = {"settings": settings, "store": store, "storage_uri": "runs", "run_name": "lost"}
+    read, run_of = random.SystemRandom().randrange(DEADLY_READ, 17), (store, str(tmp_path / "runs" / "lost"))
+    doomed: Any = DeadlyCorpus(tiny_corpus, tmp_path / "died", run=run_of, once=False, read=read)
     tracker = MemoryTracker()
     with pytest.raises(ClusterError, match="--resume"):
         pretrain(config, doomed, tracker=tracker, workers=2, **where)
@@ -386,7 +405,7 @@ def test_an_error_of_a_worker_arrives_as_itself(
 ) -> None:
     settings = settings_for(tmp_path)
     where = {"settings": settings, "store": Store(settings.storage), "storage_uri": str(tmp_path)}
-    broken: Any = BrokenCorpus(tiny_corpus, tmp_path / "unused")
+    broken: Any = BrokenCorpus(tiny_corpus, tmp_path / "unused", run=(Store(settings.storage), str(tmp_path)))
     with pytest.raises(IntegrityError, match="page checksum"):
         pretrain(dataclasses.replace(CONFIG, max_failures=0), broken, tracker=MemoryTracker(), **where)
 
@@ -419,7 +438,7 @@ def test_checkpoints_and_bundle_in_object_storage(
     store, bucket = s3_store
     settings = settings_for(tmp_path)
     where = {"settings": settings, "store": store, "storage_uri": f"{bucket}/runs", "run_name": "remote"}
-    doomed: Any = DeadlyCorpus(tiny_corpus, tmp_path / "died")
+    doomed: Any = DeadlyCorpus(tiny_corpus, tmp_path / "died", run=(store, f"{bucket}/runs/remote"))
     result = pretrain(CONFIG, doomed, tracker=MemoryTracker(), **where)
     assert result.resumed_from >= CONFIG.checkpoint_every
     names = {entry.uri.removeprefix(f"{bucket}/runs/remote/") for entry in store.list(f"{bucket}/runs/remote")}
@@ -602,7 +621,7 @@ threading.Thread(target=lose, daemon=True).start()
 store = Store(StorageSettings())
 result = pretrain(
     CONFIG,
-    SlowCorpus(Corpus.open(sys.argv[2], store), folder / "unused"),
+    SlowCorpus(Corpus.open(sys.argv[2], store), folder / "unused", run=(store, "")),
     settings=Settings(cluster=ClusterSettings(address=cluster.address)),
     store=store,
     storage_uri=str(folder),

@@ -15,7 +15,7 @@ from genescale.platform.cli import main
 from genescale.platform.errors import AlreadyExistsError, InputError, IntegrityError, VocabularyError
 from genescale.platform.vocabulary import Vocabulary
 from genescale.training.embedder import Embedder
-from genescale.training.heads import load_classifier
+from genescale.training.heads.cell_classes import load_classifier
 from genescale.training.model import pack
 from genescale.training.published import export_checkpoint, import_checkpoint
 from genescale.training.weights import load_model
@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, tiny_vocabulary: Vocabular
 
 def test_a_head_without_a_counterpart_says_so(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
     from genescale.platform.bundle import write_bundle
-    from genescale.training.heads import CellClassHead, HeadSpec
+    from genescale.training.heads.cell_classes import CellClassHead, HeadSpec
 
     checkpoint(tmp_path / "theirs", tiny_vocabulary, "BertForMaskedLM")
     base = import_checkpoint(tmp_path / "theirs", tiny_vocabulary, tmp_path / "base")

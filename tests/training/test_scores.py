@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from genescale.training.scores import majority_scores, score
+from genescale.training.evaluation.scores import majority_scores, score
 
 CLASSES = ("a", "b", "c", "d")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from genescale.platform.errors import InputError, SettingsError
-from genescale.training.splits import Split, grouped_split, random_split
+from genescale.training.labels.splits import Split, grouped_split, random_split
 
 FRACTIONS = (0.7, 0.15, 0.15)
 

@@ -12,8 +12,8 @@ from genescale.ingestion.corpus import Corpus
 from genescale.platform.bundle import Bundle, open_bundle
 from genescale.platform.errors import SettingsError
 from genescale.platform.tracking import MemoryTracker
-from genescale.training.sweep_spec import TuneSpec, read_spec, spec_of
-from genescale.training.tune import METRIC, TuneResult, tune
+from genescale.training.sweeps.sweep_spec import TuneSpec, read_spec, spec_of
+from genescale.training.sweeps.tune import METRIC, TuneResult, tune
 
 FINETUNE = {"epochs": 6, "fractions": [0.6, 0.2, 0.2], "cells_per_batch": 32, "device": "cpu"}
 SEARCH = {"learning_rate": {"choices": [1e-8, 3e-2]}}
@@ -148,7 +148,7 @@ def test_a_sweep_that_was_cut_off_goes_on(
 
 
 def test_another_spec_starts_its_own_sweep(tiny_bundle: Bundle, tiny_corpus: Corpus) -> None:
-    from genescale.training.tune import sweep_key
+    from genescale.training.sweeps.tune import sweep_key
 
     keys = {sweep_key(tiny_bundle, tiny_corpus, two_trials(seed=seed)) for seed in (1, 2)}
     assert len(keys) == 2

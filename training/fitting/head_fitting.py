@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from genescale.platform.errors import SettingsError
 from genescale.training.embedder import TOKENS_PER_BATCH, layers_to_run, plan_batches, pool
-from genescale.training.heads import CellClassHead, HeadSpec
+from genescale.training.evaluation.scores import Scores, score
+from genescale.training.heads.cell_classes import CellClassHead, HeadSpec
 from genescale.training.model import Encoder, pack
-from genescale.training.scores import Scores, score
 
 CELLS_TO_STANDARDISE = 512
 """About so many training cells, evenly spaced, give the head its mean and scale when the encoder is trained too."""

@@ -35,9 +35,17 @@ from genescale.platform.errors import ClusterError
 from genescale.platform.progress import SILENT, Progress
 from genescale.platform.storage import Store, join
 from genescale.platform.tracking import Run, Tracker
-from genescale.training.finetune import FinetuneConfig, FinetuneResult, Task, finetune, head_spec, prepare, task_vectors
-from genescale.training.fitting import Epoch, Vectors, fit_head
-from genescale.training.sweep_spec import TuneSpec
+from genescale.training.fitting.finetune import (
+    FinetuneConfig,
+    FinetuneResult,
+    Task,
+    finetune,
+    head_spec,
+    prepare,
+    task_vectors,
+)
+from genescale.training.fitting.head_fitting import Epoch, Vectors, fit_head
+from genescale.training.sweeps.sweep_spec import TuneSpec
 
 METRIC = "best_macro_f1"
 """Highest macro F1 on the validation part up to now: what a stopped trial is worth."""

@@ -29,11 +29,11 @@ from genescale.platform.storage import Store
 from genescale.platform.tracking import ModelVersion, Run, Tracker
 from genescale.training.embed import check_same_vocabulary
 from genescale.training.embedder import Embedder, Layer, Pooling, check_pooling, pick_device
-from genescale.training.fitting import Epoch, FitConfig, Fitted, TokenCells, Vectors, fit_encoder, fit_head
-from genescale.training.heads import KIND, HeadSpec, head_of, load_classifier
-from genescale.training.labelled import LabelledCells, cell_vectors, labelled_cells, stored_vectors
-from genescale.training.scores import Scores, majority_scores, score
-from genescale.training.splits import Split, check_fractions, grouped_split, random_split
+from genescale.training.evaluation.scores import Scores, majority_scores, score
+from genescale.training.fitting.head_fitting import Epoch, FitConfig, Fitted, TokenCells, Vectors, fit_encoder, fit_head
+from genescale.training.heads.cell_classes import KIND, HeadSpec, head_of, load_classifier
+from genescale.training.labels.cell_labels import LabelledCells, cell_vectors, labelled_cells, stored_vectors
+from genescale.training.labels.splits import Split, check_fractions, grouped_split, random_split
 from genescale.training.weights import load_model, to_hf
 
 BUNDLE_FOLDER, PREDICTIONS, SCORES = "bundle", "predictions.parquet", "scores.json"

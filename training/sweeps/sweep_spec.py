@@ -23,7 +23,7 @@ from ray import tune
 
 from genescale.platform.errors import SettingsError, did_you_mean
 from genescale.platform.settings import build, read_toml
-from genescale.training.finetune import FinetuneConfig
+from genescale.training.fitting.finetune import FinetuneConfig
 
 SEARCHABLE = (
     "learning_rate",
