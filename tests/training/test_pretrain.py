@@ -54,8 +54,8 @@ CONFIG = PretrainConfig(
     log_every=2,
     model_name="test-model",
 )
-# Reads of a worker: four for the held-out steps, then one for each training step, some of them ahead of the step. At this
-# one the first checkpoint needs no more reads of it.
+# Reads of a worker: one for the held-out cells, then one for each training step, some of them ahead of the step. When
+# this one is due, the first checkpoint needs no more of them.
 DEADLY_READ = 9
 Reference = tuple[LoopResult, dict[int, dict[str, float]], dict[str, np.ndarray]]
 
