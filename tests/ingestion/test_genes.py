@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -28,10 +26,9 @@ from genescale.ingestion.annotation.genes import (
 )
 from genescale.ingestion.annotation.species import MITOCHONDRIAL_IDS, mouse_spelled, named_species, read_name
 from genescale.ingestion.atlas import Atlas
-from genescale.ingestion.opening import open_atlas
 from genescale.platform.errors import AtlasError, SettingsError
 from genescale.platform.storage import Store
-from genescale.platform.vocabulary import Vocabulary, canonical_id, read_vocabulary
+from genescale.platform.vocabulary import Vocabulary, canonical_id
 
 MakeAtlas = Callable[..., Atlas]
 ANY_NUMBER = GeneRules(min_genes_measured=1)
@@ -44,9 +41,6 @@ def mapped(atlas: Atlas, vocabulary: Vocabulary, table: GeneTable | None = None,
 
 def fates(genes: GeneMap) -> list[str]:
     return [FATES[code] for code in genes.fate_g]
-
-
-# --- one name --------------------------------------------------------------------------------------------------------
 
 
 def test_ids_lose_their_version() -> None:
@@ -105,9 +99,6 @@ def test_a_species_has_many_names(text: str) -> None:
     assert named_species(text) == "Mus musculus"
 
 
-# --- the column ------------------------------------------------------------------------------------------------------
-
-
 def test_the_column_that_the_vocabulary_knows_best_is_taken(vocabulary: Vocabulary, table_atlas: MakeAtlas) -> None:
     ids = [f"{gene}.3" for gene in vocabulary.gene_ids[:10]]
     names = [f"x{i}" for i in range(10)]
@@ -147,9 +138,6 @@ def test_symbols_stand_beside_ids_or_are_the_index(vocabulary: Vocabulary, table
     atlas = table_atlas(vocabulary.gene_ids[:2], var={"gene_symbols": ["A", None]})
     assert (symbols(atlas), list(gene_columns(atlas))) == (["A", ""], ["index", "gene_symbols"])
     assert symbols(table_atlas(["B", vocabulary.gene_ids[0]])) == ["B", ""]
-
-
-# --- fates -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_kind_of_column_has_its_fate(vocabulary: Vocabulary, table_atlas: MakeAtlas) -> None:
@@ -234,9 +222,6 @@ def test_the_mitochondrial_ids_are_those_of_the_gene_tables(shared_data: Path, l
         assert ids == MITOCHONDRIAL_IDS, name
 
 
-# --- symbols ---------------------------------------------------------------------------------------------------------
-
-
 def of(*rows: tuple[str, str, str]) -> GeneTable:
     return GeneTable.of(rows, name="table")
 
@@ -281,91 +266,6 @@ def test_a_named_table_must_be_read(vocabulary: Vocabulary, table_atlas: MakeAtl
         map_genes(table_atlas(), vocabulary, rules=GeneRules(gene_table="genes.tsv"))
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("names", "what", "fix"),
-    [
-        (["GENE1", "a", "b"], "knows 1 of 3 genes by symbols or other names in var index, such as", "--gene-table"),
-        (["0", "1", "2"], "knows 0 of 3 genes by symbols or other names in var index, such as '0': 0%", "Ensembl ids"),
-        (
-            [f"ENSG{70_000_000_000 + i}" for i in range(30)],
-            "knows 0 of 30 genes by the ids in var index, such as 'ENSG70000000000': 0% of its species' genes, 10%",
-            "--min-share",
-        ),
-        (
-            [f"ENSMUSG{i:011d}" for i in range(30)],
-            "30 of 30 names in var index are genes of Mus musculus (mouse, NCBITaxon:10090), such as "
-            "'ENSMUSG00000000000'; the vocabulary is of Homo sapiens (human, NCBITaxon:9606)",
-            "use a vocabulary of that species",
-        ),
-        (["Gene1", "Gene2", "Actb", "Trp53"], "4 of 4 names in var index are symbols of a mouse or rat", "human"),
-        ([f"mm10_GENE{i}" for i in range(1, 9)], "genes of Mus musculus", "Homo sapiens"),
-    ],
-)  # fmt: skip
-def test_unfit_genes_are_refused(
-    names: list[str], what: str, fix: str, vocabulary: Vocabulary, table_atlas: MakeAtlas
-) -> None:
-    with pytest.raises(AtlasError) as caught:
-        mapped(table_atlas(names), vocabulary)
-    assert what in caught.value.what
-    assert caught.value.where == "lung.h5ad: var"
-    assert fix in caught.value.fix
-
-
-@pytest.mark.parametrize(
-    ("obs", "texts"),
-    [
-        ({}, {"organism_ontology_term_id": "NCBITaxon:10090"}),
-        ({"organism_ontology_term_id": ["NCBITaxon:10090"] * 4}, {}),
-        ({"organism": ["Mus musculus"] * 4}, {}),
-    ],
-)
-def test_a_declared_other_species_is_refused(
-    obs: dict[str, Any], texts: dict[str, str], vocabulary: Vocabulary, table_atlas: MakeAtlas
-) -> None:
-    atlas = table_atlas(vocabulary.gene_ids, obs=obs, texts=texts)
-    with pytest.raises(AtlasError) as caught:
-        mapped(atlas, vocabulary)
-    assert str(caught.value) == (
-        "lung.h5ad: organism: the file declares Mus musculus (mouse, NCBITaxon:10090); the vocabulary is of "
-        "Homo sapiens (human, NCBITaxon:9606). Use a vocabulary of that species, or --ignore-organism if its genes "
-        "were translated before."
-    )
-    assert mapped(atlas, vocabulary, ignore_organism=True).n_mapped == len(vocabulary.gene_ids)
-
-
-@pytest.mark.parametrize("organism", ["unknown", "na", "", "my lab's cell line"])
-def test_what_names_no_species_declares_none(organism: str, vocabulary: Vocabulary, table_atlas: MakeAtlas) -> None:
-    atlas = table_atlas(vocabulary.gene_ids, obs={"organism": [organism] * 4}, texts={"organism": organism})
-    assert mapped(atlas, vocabulary).n_mapped == len(vocabulary.gene_ids)
-
-
-def test_a_table_without_genes_is_refused(vocabulary: Vocabulary, table_atlas: MakeAtlas) -> None:
-    atlas = table_atlas(["CD3", "CD8", "ERCC-00002"], var={"feature_types": ["Antibody Capture"] * 2 + [""]})
-    with pytest.raises(AtlasError) as caught:
-        mapped(atlas, vocabulary)
-    assert caught.value.what.startswith("none of 3 columns is a gene (2 other_feature, 1 spike_in)")
-    assert caught.value.fix == "Give the matrix of gene expression."
-
-
-def test_several_declared_species_are_told(vocabulary: Vocabulary, table_atlas: MakeAtlas) -> None:
-    obs = {"organism_ontology_term_id": ["NCBITaxon:9606", "NCBITaxon:10090"] * 2}
-    genes = mapped(table_atlas(vocabulary.gene_ids, obs=obs), vocabulary)
-    assert any("declares other organisms too: Mus musculus" in note for note in genes.notes)
-
-
-def test_a_panel_is_refused_unless_it_is_meant(vocabulary: Vocabulary, table_atlas: MakeAtlas) -> None:
-    atlas = table_atlas(vocabulary.gene_ids[:19])
-    with pytest.raises(AtlasError) as caught:
-        map_genes(atlas, vocabulary, rules=GeneRules())
-    assert caught.value.what.startswith("only 19 of 60 vocabulary genes are present, 20 are asked for")
-    assert "--min-genes-measured 19" in caught.value.fix
-    assert map_genes(atlas, vocabulary, rules=GeneRules(min_genes_measured=19)).n_measured == 19
-    assert map_genes(table_atlas(vocabulary.gene_ids[:20]), vocabulary, rules=GeneRules()).n_measured == 20
-
-
 @pytest.mark.parametrize(
     "options",
     [{"min_share": 0.0}, {"min_share_of_symbols": 1.5}, {"min_genes_measured": -1}, {"gene_column": ""}],
@@ -373,9 +273,6 @@ def test_a_panel_is_refused_unless_it_is_meant(vocabulary: Vocabulary, table_atl
 def test_rules_have_ranges(options: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):
         GeneRules(**options)
-
-
-# --- the report ------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_adds_up(vocabulary: Vocabulary, table_atlas: MakeAtlas) -> None:
@@ -415,87 +312,3 @@ def test_the_report_adds_up(vocabulary: Vocabulary, table_atlas: MakeAtlas) -> N
         "counted": False,
         "mitochondrial": False,
     }
-
-
-# --- real files ------------------------------------------------------------------------------------------------------
-
-REAL = {
-    # file: (column, measured in V1, measured in V2, mitochondrial)
-    "pbmc_facs_train_counts_ensembl.h5ad": ("index", 13_907, 13_534, 13),
-    "pbmc3k_counts_ensembl.h5ad": ("index", 12_132, 11_875, 13),
-    "pbmc3k_lognorm_X_counts_in_raw.h5ad": ("ensembl_id_hg19_10x", 12_132, 11_875, 13),
-    "kang_harmony_ctrl_stim_counts_symbols.h5ad": ("ensembl_id_hg19_10x", 8_693, 8_614, 0),
-    "pbmc_scenic.loom": ("index", 7_621, 7_966, 0),
-}
-
-
-@pytest.fixture(scope="module", params=["gc30M", "gc104M"])
-def published(request: pytest.FixtureRequest, shared_data: Path) -> Vocabulary:
-    from genescale.platform.settings import StorageSettings
-
-    file = shared_data / "vocabularies" / f"token_dictionary_{request.param}.pkl"
-    return read_vocabulary(str(file), Store(StorageSettings()))
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize("file", REAL)
-def test_real_atlases_map_with_the_defaults(
-    file: str, published: Vocabulary, shared_data: Path, local_store: Store
-) -> None:
-    column, v1, v2, mito = REAL[file]
-    with open_atlas(str(shared_data / "atlases" / file), local_store) as atlas:
-        genes = map_genes(atlas, published, rules=GeneRules())
-    measured = v1 if published.cls is None else v2
-    assert (genes.column, genes.n_measured, int(genes.mito_g.sum())) == (column, measured, mito)
-    assert genes.counted_g.all()
-
-
-@pytest.mark.shared
-def test_symbols_and_ids_of_a_real_atlas_agree(published: Vocabulary, shared_data: Path, local_store: Store) -> None:
-    path = str(shared_data / "atlases" / "kang_harmony_ctrl_stim_counts_symbols.h5ad")
-    table = read_gene_table(str(shared_data / "genesets" / "hgnc_complete_set.txt.gz"), local_store)
-    with open_atlas(path, local_store) as atlas:
-        by_id = mapped(atlas, published)
-        by_symbol = mapped(atlas, published, gene_column="index")
-        by_table = mapped(atlas, published, table, gene_column="index")
-    for other, share in ((by_symbol, 0.88), (by_table, 0.95)):
-        both = (by_id.targets_g >= 0) & (other.targets_g >= 0)
-        agree = (by_id.targets_g == other.targets_g)[both].mean()
-        assert other.n_measured >= share * len(other.genes)
-        assert agree > 0.99
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize(
-    ("file", "options", "expected"),
-    [
-        ("atlases/kang_muscat_ctrl_12k_counts_ensembl.h5ad", {}, r"only 1,2\d\d of .*--min-genes-measured 12\d\d"),
-        ("atlases/tenx/cellranger3/filtered_feature_bc_matrix.h5", {}, r"only 2\d\d of"),
-        ("odd/broken/versioned_ensembl_ids.h5ad", {"min_genes_measured": 1}, ""),
-        ("odd/broken/duplicate_var_names.h5ad", {"min_genes_measured": 1}, ""),
-    ],
-)
-def test_small_and_odd_files(
-    file: str, options: dict[str, Any], expected: str, published: Vocabulary, shared_data: Path, local_store: Store
-) -> None:
-    with open_atlas(str(shared_data / file), local_store) as atlas:
-        if expected:
-            with pytest.raises(AtlasError, match=expected):
-                map_genes(atlas, published, rules=GeneRules(**options))
-            return
-        genes = map_genes(atlas, published, rules=GeneRules(**options))
-    if "versioned" in file:
-        assert (genes.n_versioned, genes.by_fate()["renamed"]) == (800, genes.n_mapped)
-    else:
-        assert genes.n_summed == 2
-        assert "4 columns share 2 genes; counts summed" in genes.notes
-
-
-@pytest.mark.shared
-def test_cellxgene_spike_ins_are_set_apart(published: Vocabulary, shared_data: Path, local_store: Store) -> None:
-    path = shared_data / "odd" / "cellxgene_schema" / "example_invalid_primary_data.h5ad"
-    with open_atlas(str(path), local_store) as atlas:
-        genes = mapped(atlas, published)
-    assert genes.by_fate()["spike_in"] == 1
-    assert genes.genes[int(np.flatnonzero(~genes.counted_g)[0])] == "ERCC-00002"
-    assert any(re.search("declares other organisms too", note) for note in genes.notes)

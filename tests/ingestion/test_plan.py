@@ -25,6 +25,27 @@ def test_ranges_cover_every_row_once_within_bounds(row_sizes: list[int], max_non
     for start, stop in ranges:
         assert stop - start <= max_cells
         assert indptr[stop] - indptr[start] <= max_nonzeros or stop - start == 1
+    assert len(ranges) == fewest(row_sizes, max_nonzeros, max_cells)
+
+
+def fewest(row_sizes: list[int], max_nonzeros: int, max_cells: int) -> int:
+    """How many ranges it takes when each is filled as far as it goes."""
+    ranges, cells, values = 0, max_cells, 0
+    for size in row_sizes:
+        if cells == max_cells or values + size > max_nonzeros:
+            ranges, cells, values = ranges + 1, 0, 0
+        cells, values = cells + 1, values + size
+    return ranges
+
+
+@pytest.mark.parametrize(("n_cells", "max_cells"), [(10_100, 50_000), (9_999, 900), (10_001, 5_000)])
+def test_ranges_are_about_equally_large(n_cells: int, max_cells: int) -> None:
+    """Ranges that are filled as far as they go would leave a rest, and a worker that waits for the others."""
+    row_sizes = np.random.default_rng(7).poisson(200, n_cells)
+    indptr = np.concatenate(([0], np.cumsum(row_sizes)))
+    sizes = [int(indptr[stop] - indptr[start]) for start, stop in cut(indptr, 500_000, max_cells)]
+    assert len(sizes) > 2
+    assert max(sizes) <= 1.01 * min(sizes)
 
 
 def test_files_globs_and_folders(tmp_path: Path, local_store: Store) -> None:

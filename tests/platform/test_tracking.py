@@ -159,9 +159,6 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-# --- every tracker ----------------------------------------------------------------------------------------------------
-
-
 def test_a_registered_bundle_comes_back(tracker: Tracker, bundle: Bundle, model: str, tmp_path: Path) -> None:
     version = _registered(tracker, bundle, model, aliases=["best", "newest"], tags={"corpus_version": 3})
     assert version.digest == bundle.digest
@@ -263,9 +260,6 @@ def test_artefacts_cannot_be_logged_elsewhere(tracker: Tracker, bundle: Bundle, 
         for attempt in (run.log_file, run.log_folder):
             with pytest.raises(ForbiddenPathError):
                 attempt(bundle.folder / "config.json" if attempt == run.log_file else bundle.folder, "../elsewhere")
-
-
-# --- MLflow -----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -470,9 +464,6 @@ def test_opening_a_tracker_is_quiet(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(os.listdir(tmp_path)) == ["art", "m.db"]
-
-
-# --- fetching bundles -------------------------------------------------------------------------------------------------
 
 
 def test_a_registered_bundle_is_fetched_once(settings: Settings, bundle: Bundle, model: str, tmp_path: Path) -> None:
