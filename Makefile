@@ -12,7 +12,7 @@ VOCABULARY ?=
 WORK ?= genescale-work
 ARGS ?=
 
-.PHONY: help demo test test-all check bench types clean
+.PHONY: help demo test test-all check infra-check bench types clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -40,6 +40,10 @@ types:
 	@infra/setup dev
 	@mkdir -p build/types/genescale
 	@for layer in $(LAYERS); do ln -sfn "$(CURDIR)/$$layer" "build/types/genescale/$$layer"; done
+
+infra-check:  ## render and check the Kubernetes manifests (needs kubectl, no cluster)
+	@infra/setup dev
+	@$(PY) -m pytest -q tests/infra
 
 bench:  ## run a benchmark: make bench NAME=ingest
 	@infra/setup dev
