@@ -152,13 +152,29 @@ def _inspected(answer: dict[str, Any], payload: bytes) -> Inspected:
 
 
 def cut(stored_before: npt.NDArray[np.int64], max_nonzeros: int, max_cells: int) -> Iterator[tuple[int, int]]:
-    """Consecutive row ranges with at most `max_nonzeros` stored values (but at least one row) and `max_cells` rows."""
-    start, n_cells = 0, len(stored_before) - 1
-    while start < n_cells:
-        fitting = int(np.searchsorted(stored_before, stored_before[start] + max_nonzeros, side="right")) - 1
-        stop = min(max(fitting, start + 1), start + max_cells, n_cells)
+    """Consecutive row ranges with at most `max_nonzeros` stored values (but at least one row) and `max_cells` rows.
+
+    As few as possible and about equally large: workers that take turns end together, and no part is a small rest.
+    """
+    start, least_stops = 0, _least_stops(stored_before, max_nonzeros, max_cells)
+    for place, least in enumerate(least_stops):
+        before = stored_before[start]
+        share = -(-(stored_before[-1] - before) // (len(least_stops) - place))
+        even = int(np.searchsorted(stored_before, before + share))
+        fullest = int(np.searchsorted(stored_before, before + max_nonzeros, side="right")) - 1
+        stop = max(min(max(even, least), fullest, start + max_cells), start + 1)
         yield start, stop
         start = stop
+
+
+def _least_stops(stored_before: npt.NDArray[np.int64], max_nonzeros: int, max_cells: int) -> list[int]:
+    """The row that each range has to reach, so that what follows fits into the ranges that are left."""
+    stops, stop = [], len(stored_before) - 1
+    while stop > 0:
+        stops.append(stop)
+        fitting = int(np.searchsorted(stored_before, stored_before[stop] - max_nonzeros))
+        stop = min(max(fitting, stop - max_cells), stop - 1)
+    return stops[::-1]
 
 
 def pieces(atlas: Atlas, unit: Unit, unit_nonzeros: int) -> list[Unit]:

@@ -24,6 +24,7 @@ from genescale.ingestion.counts import exact_limit
 from genescale.ingestion.ranking.cell_loops import (
     COUNTED,
     FATE_BITS,
+    LARGEST_MEDIAN,
     MITO,
     SHARED,
     TARGET_SHIFT,
@@ -117,6 +118,7 @@ def rank_rows(
         not allow_fractional,
         table_g,
         vocabulary.medians_t,
+        near_factors(vocabulary),
         capacity,
         np.array([vocabulary.cls, vocabulary.eos] if framed else [], dtype=dtype),
         int(stored_n.max(initial=0)),
@@ -176,6 +178,15 @@ def gene_numbers(genes: GeneMap, vocabulary: Vocabulary) -> npt.NDArray[np.int32
     shared_g = (targets_g >= 0) & (columns_t[targets_g] > 1)
     flags_g = genes.counted_g * COUNTED + genes.mito_g * MITO + shared_g * SHARED
     return ((targets_g + 1 << TARGET_SHIFT) + flags_g + genes.fate_g).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4)
+def near_factors(vocabulary: Vocabulary) -> npt.NDArray[np.float32]:
+    """1 / median (t): NaN where there is none, 0 where the median is too small or too large for exact bounds."""
+    medians_t = vocabulary.medians_t
+    with np.errstate(divide="ignore", over="ignore"):
+        outside_t = (medians_t > LARGEST_MEDIAN) | (medians_t < 1 / LARGEST_MEDIAN)
+        return np.where(outside_t, 0.0, 1.0 / medians_t).astype(np.float32)
 
 
 def plain_values(values_z: npt.NDArray[Any], most: int) -> npt.NDArray[Any]:

@@ -90,7 +90,7 @@ def compare(
 def problems(draw: Any) -> tuple[Any, ...]:
     """Genes with equal and missing medians, shared and missing targets; cells unsorted, repeated, with zeros."""
     n_tokens, n_columns = draw(st.integers(1, 12)), draw(st.integers(1, 16))
-    median = st.sampled_from([float("nan"), 0.25, 1.0, 1.0, 1.5, 3.0, 1e-200, 7e5])
+    median = st.sampled_from([float("nan"), 0.25, 1.0, 1.0, 1.5, 3.0, 1e-200, 7e5, 2.0**60, 2.0**61, 2.0**-61])
     vocabulary = vocabulary_of(
         draw(st.lists(median, min_size=n_tokens, max_size=n_tokens)),
         window=draw(st.integers(5, 20)),
@@ -127,6 +127,10 @@ MEDIANS = {
     "three values": lambda rng, n: rng.choice([0.5, 1.0, 2.0], n),
     "some missing": lambda rng, n: np.where(rng.random(n) < 0.2, np.nan, rng.lognormal(0.0, 1.0, n)),
     "neighbouring numbers": lambda rng, n: 1.0 + rng.integers(0, 40, n) * np.finfo(float).eps,
+    "neighbouring floats": lambda rng, n: 1.0 + rng.integers(-40, 40, n) * 2.0**-24,
+    "powers of two": lambda rng, n: 2.0 ** rng.integers(-9, 9, n) * (1.0 + rng.integers(-2, 3, n) * 2.0**-24),
+    "at the borders": lambda rng, n: 2.0 ** rng.choice([-61, -60, -59, 0, 59, 60, 61], n) * rng.uniform(0.99, 1.01, n),
+    "inside the borders": lambda rng, n: 2.0 ** rng.uniform(-60, 60, n),
     "far apart": lambda rng, n: 10.0 ** rng.uniform(-250, 250, n),
 }
 TARGETS = {
@@ -166,13 +170,32 @@ def test_large_cells_are_bit_equal_to_the_reference(medians: str, targets: str, 
         assert tokens.tolist() == reference.input_ids.tolist(), f"{len(cell)} genes"
 
 
-def test_cells_with_more_genes_than_the_radix_has_places_for() -> None:
-    """A place has 14 bits: cells on both sides of that limit, none of them cropped."""
-    rng, n_genes = np.random.default_rng(5), 30_000
-    vocabulary = vocabulary_of(rng.lognormal(0.0, 1.0, n_genes).round(2) + 0.01, window=32_000)
+@settings(deadline=None, max_examples=120)
+@given(st.integers(0, 2**32), st.integers(-52, -16), st.sampled_from([-45, 0, 45]), st.sampled_from([1, 9, 1e6, 2**53]))
+def test_genes_whose_values_nearly_meet_are_in_exact_order(seed: int, apart: int, scale: int, most: float) -> None:
+    """Clusters of different counts whose quotients lie 2^`apart` of themselves apart: below float32, and around it."""
+    rng, n_genes = np.random.default_rng(seed), 400
+    counts = np.floor(rng.uniform(1, most, n_genes)) if most > 9 else rng.uniform(0.01, most, n_genes)
+    values = np.repeat(rng.lognormal(0.0, 2.0, n_genes // 8), 8) * (1.0 + rng.integers(-4, 5, n_genes) * 2.0**apart)
+    medians = np.where(rng.random(n_genes) < 0.05, np.nan, counts / (values * 2.0**scale))
+    vocabulary = vocabulary_of(medians)
+    genes = map_of(rng.permutation(n_genes) + len(vocabulary.special))
+    # Each column's count is the one that its target's median was made for; the second cell has the columns turned.
+    cell = [(g, float(counts[genes.targets_g[g] - len(vocabulary.special)])) for g in range(n_genes)]
+    found = rank_rows(rows_of([cell, cell[::-1], cell], "float64"), genes, vocabulary, allow_fractional=True)
+    reference, _ = expected(cell, genes, vocabulary, None)
+    for n in range(3):
+        tokens = found.tokens_t[found.offsets_n[n] : found.offsets_n[n + 1]]
+        assert tokens.tolist() == reference.input_ids.tolist()
+
+
+def test_large_cells_without_a_limit_to_their_genes() -> None:
+    """Beyond 14 and 16 bits of place, none of them cropped."""
+    rng, n_genes = np.random.default_rng(5), 70_000
+    vocabulary = vocabulary_of(rng.lognormal(0.0, 1.0, n_genes).round(2) + 0.01, window=75_000)
     genes = map_of(rng.permutation(n_genes) + len(vocabulary.special))
     cells = []
-    for size in (16_383, 16_384, 16_385, n_genes):
+    for size in (16_384, 16_385, 65_536, 65_537, n_genes):
         chosen = np.sort(rng.choice(n_genes, size, replace=False))
         values = rng.poisson(2.0, size) + 1
         cells.append([(int(gene), float(value)) for gene, value in zip(chosen, values, strict=True)])
