@@ -43,7 +43,7 @@ from genescale.platform.errors import (
 from genescale.platform.vocabulary import Vocabulary
 
 SCHEMA_VERSION = 1
-KINDS = ("masked_gene_model", "cell_classifier", "gene_classifier")
+KINDS = ("masked_gene_model", "cell_classifier", "gene_classifier", "cell_regressor", "multi_task")
 MANIFEST, CONFIG, WEIGHTS, VOCABULARY = "bundle.json", "config.json", "model.safetensors", "vocabulary.parquet"
 REQUIRED = (CONFIG, WEIGHTS, VOCABULARY)
 MANIFEST_MAX_BYTES = 4 * 1024 * 1024

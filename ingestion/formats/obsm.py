@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,24 @@ def write_obsm(source_uri: str, out: Path, key: str, matrix: npt.NDArray[Any], s
         raise InputError(f"{len(matrix):,} rows for {n_cells:,} cells.", where=source_uri, fix="Give one row a cell.")
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", key):
         raise InputError(f"'{key}' cannot name an entry of obsm.", fix="Use letters, digits and underscores.")
+    with changed_copy(source_uri, out, store) as file:
+        _put(file, key, matrix)
+    return out
+
+
+@contextlib.contextmanager
+def changed_copy(source_uri: str, out: Path, store: Store) -> Iterator[h5py.File]:
+    """A copy of an h5ad file, open for changes; it stands at `out` once the block has ended well."""
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f"{out.name}.{os.getpid()}.unfinished")
     try:
         with store.open(source_uri) as source, unfinished.open("wb") as copy:
             shutil.copyfileobj(source, copy, 8 * 1024 * 1024)
         with h5py.File(unfinished, "r+") as file:
-            _put(file, key, matrix)
+            yield file
         unfinished.replace(out)
     finally:
         unfinished.unlink(missing_ok=True)
-    return out
 
 
 def _put(file: h5py.File, key: str, matrix: npt.NDArray[Any]) -> None:

@@ -24,6 +24,7 @@ from genescale.ingestion.table.records import DatasetRecord
 from genescale.ingestion.table.verify import Fault, VerifyReport
 from genescale.platform.errors import CorpusError, GenescaleError, NotFoundError, SettingsError
 from genescale.platform.progress import SILENT, Progress
+from genescale.platform.storage import Store
 
 _STREAM = 11
 Row = Mapping[str, Any]
@@ -62,6 +63,21 @@ def against_source(
     return dataclasses.replace(report, faults=tuple(faults), not_compared=skipped, compared=compared)
 
 
+def unchanged_source(record: DatasetRecord, store: Store) -> Mapping[str, Any]:
+    """What the history says of a dataset's source; CorpusError when it says nothing, or it is gone or has changed."""
+    source: Mapping[str, Any] = record.details.get("source", {})
+    if not source:
+        raise CorpusError("the history does not say where it came from.", where=record.dataset_id)
+    uri = str(source["uri"])
+    try:
+        entry = stat_source(uri, store)
+    except NotFoundError:
+        raise CorpusError("the source is gone.", where=uri) from None
+    if entry.etag != source["etag"]:
+        raise CorpusError("the source changed since it was ingested.", where=uri)
+    return source
+
+
 def _drawn(corpus: Corpus, damaged: set[str], sample: int, seed: int) -> list[dict[str, Any]]:
     """Random cells of sound parts in global order, with measurements and tokens; only their parts are read."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _STREAM])))
@@ -84,16 +100,8 @@ def _drawn(corpus: Corpus, damaged: set[str], sample: int, seed: int) -> list[di
 
 def _differing(corpus: Corpus, record: DatasetRecord, rows: Sequence[Row], table: GeneTable | None) -> list[Fault]:
     """Faults of the drawn cells of one dataset; GenescaleError when its source cannot be read as it was."""
-    source = record.details.get("source", {})
-    if not source:
-        raise CorpusError("the history does not say where it came from.", where=record.dataset_id)
+    source = unchanged_source(record, corpus.store)
     uri = str(source["uri"])
-    try:
-        entry = stat_source(uri, corpus.store)
-    except NotFoundError:
-        raise CorpusError("the source is gone.", where=uri) from None
-    if entry.etag != source["etag"]:
-        raise CorpusError("the source changed since it was ingested.", where=uri)
     recipe = dict(source.get("recipe", {}))
     digest = recipe.pop("gene_table_digest", "")
     if digest and (table is None or table.digest != digest):
@@ -101,7 +109,7 @@ def _differing(corpus: Corpus, record: DatasetRecord, rows: Sequence[Row], table
         raise CorpusError(what, where=uri, fix="Give that table as --gene-table.")
     config = IngestConfig().changed(recipe, where=f"recipe of {record.dataset_id}")
     slot = str(record.details.get("counts_slot") or config.counts_slot)
-    with opened(uri, entry.etag, slot, config, corpus.store) as atlas:
+    with opened(uri, str(source["etag"]), slot, config, corpus.store) as atlas:
         genes = map_genes(atlas, corpus.vocabulary, rules=config, table=table if digest else None)
         return [fault for row in rows for fault in _compare(corpus, atlas, genes, row, config.allow_fractional)]
 
