@@ -19,11 +19,15 @@ from genescale.platform.errors import InputError, LimitError, ServiceError, Unkn
 from genescale.platform.vocabulary import Vocabulary
 from genescale.serving.cells import CellReader, PreparedCell
 from genescale.serving.config import Limits
-from genescale.serving.passes import Comparison, Model
+from genescale.serving.passes import Classified, Comparison, Model
 from genescale.serving.reading import read_body
 from genescale.serving.schemas import (
     CellAsked,
     CellFacts,
+    ClassifiedCell,
+    ClassifiedGene,
+    ClassifyAnswered,
+    ClassifyAsked,
     EditAnswered,
     EditAsked,
     EmbeddedCell,
@@ -31,6 +35,8 @@ from genescale.serving.schemas import (
     EmbeddingsAsked,
     FoundGene,
     GeneShift,
+    HeadAnswered,
+    HeadFacts,
     InfoAnswered,
     PerturbationsAnswered,
     PerturbationsAsked,
@@ -66,6 +72,15 @@ class _PerturbationPlan:
         return {at: cell.uncropped for at, cell in enumerate(self.cells)}
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _ClassifyPlan:
+    """A request for what the heads say, read and tokenised."""
+
+    cells: list[PreparedCell]
+    genes: dict[int, str]
+    """Wanted genes by token, under the names that were asked for; empty means every gene of the cells."""
+
+
 class Answers:
     """Answers requests with one model, its vocabulary and its limits."""
 
@@ -90,6 +105,16 @@ class Answers:
         outcome = await self.model.perturb(tokens, plan.edits, plan.comparison, plan.uncropped)
         timings = self._timings(began, parsed, outcome.forward_s)
         return await asyncio.to_thread(self._render_perturbations, plan, outcome.value, timings)
+
+    async def classifications(self, body: bytes) -> bytes:
+        """JSON of ClassifyAnswered for JSON of ClassifyAsked; raises InputError and ServiceError."""
+        began = time.perf_counter()
+        plan = await asyncio.to_thread(self._plan_classification, body)
+        parsed = time.perf_counter()
+        wanted = frozenset(plan.genes) if plan.genes else None
+        outcome = await self.model.classify([cell.tokens for cell in plan.cells], wanted)
+        timings = self._timings(began, parsed, outcome.forward_s)
+        return await asyncio.to_thread(self._render_classification, plan, outcome.value, timings)
 
     async def ready(self) -> None:
         """Return when the model answers; raises ServiceError when it does not, or not soon."""
@@ -128,6 +153,23 @@ class Answers:
         cells = self._cells(asked.cells)
         self._check_tokens(sum(len(cell.tokens) for cell in cells) * (1 + len(edits)))
         return _PerturbationPlan(asked=asked, cells=cells, edits=edits, comparison=comparison)
+
+    def _plan_classification(self, body: bytes) -> _ClassifyPlan:
+        asked = read_body(ClassifyAsked, body, max_keys=self.limits.max_genes_per_cell)
+        if not self.info.heads:
+            raise InputError("this model has no head.", fix="Ask a service of a model that `genescale finetune` made.")
+        if asked.genes and self._head.kind != "gene_classes":
+            raise InputError("this model's head reads cells, not genes.", where="genes", fix="Leave `genes` out.")
+        self._check_number(len(asked.genes), self.limits.max_classified_genes, "genes")
+        tokens = self._genes(asked.genes, "genes")
+        cells = self._cells(asked.cells)
+        self._check_tokens(sum(len(cell.tokens) for cell in cells))
+        return _ClassifyPlan(cells=cells, genes=dict(zip(tokens, asked.genes, strict=True)))
+
+    @property
+    def _head(self) -> HeadFacts:
+        """The first head; all heads of a model read the same."""
+        return self.info.heads[0]
 
     def _cells(self, asked: Sequence[CellAsked]) -> list[PreparedCell]:
         self._check_number(len(asked), self.limits.max_cells, "cells")
@@ -211,6 +253,46 @@ class Answers:
         )
         return answered.model_dump_json().encode()
 
+    def _render_classification(self, plan: _ClassifyPlan, found: Classified, timings: Timings) -> bytes:
+        of_genes = self._head.kind == "gene_classes"
+        answered = ClassifyAnswered(
+            provenance=self.info.provenance,
+            heads=self.info.heads,
+            cells=[
+                ClassifiedCell(
+                    **_fields(cell.facts),
+                    heads=[] if of_genes else [_of_head(*pair) for pair in self._answers_of(found, at)],
+                )
+                for at, cell in enumerate(plan.cells)
+            ],
+            genes=self._classified_genes(plan, found) if of_genes else [],
+            timings_ms=timings,
+        )
+        return answered.model_dump_json().encode()
+
+    def _answers_of(self, found: Classified, at: int) -> list[tuple[HeadFacts, list[float]]]:
+        return [(head, rows[at].tolist()) for head, rows in zip(self.info.heads, found.answers, strict=True)]
+
+    def _classified_genes(self, plan: _ClassifyPlan, found: Classified) -> list[ClassifiedGene]:
+        """The wanted genes in the order asked for, or every gene of the cells by token."""
+        tokens, classes = plan.genes or {int(token): "" for token in np.unique(found.tokens_r)}, self._head.classes
+        self._check_number(len(tokens), self.limits.max_classified_genes, "genes of the cells")
+        made = []
+        for token, name in tokens.items():
+            rows_nc = found.answers[0][found.tokens_r == token].astype(np.float64)
+            mean_c = rows_nc.mean(axis=0).tolist() if len(rows_nc) else []
+            spread_c = rows_nc.std(axis=0).tolist() if len(rows_nc) else []
+            made.append(
+                ClassifiedGene(
+                    gene=name or self.vocabulary.gene_of_token(token),
+                    n_cells=len(rows_nc),
+                    predicted=classes[int(np.argmax(mean_c))] if mean_c else None,
+                    probabilities=dict(zip(classes, mean_c, strict=False)),
+                    spread=dict(zip(classes, spread_c, strict=False)),
+                )
+            )
+        return made
+
     def _edited(self, plan: _PerturbationPlan, at: int, answer: EditAnswer) -> EditAnswered:
         asked = plan.asked.edits[at]
         name_of = dict(zip(answer.request.genes, asked.genes, strict=True))
@@ -234,6 +316,14 @@ class Answers:
         tokens = plan.comparison.gene_shifts_of or ()
         found = [(name, cosines.get(token)) for name, token in zip(plan.asked.gene_shifts, tokens, strict=True)]
         return [GeneShift(gene=name, cosine=c, shift=None if c is None else 1.0 - c) for name, c in found]
+
+
+def _of_head(head: HeadFacts, values: Sequence[float]) -> HeadAnswered:
+    if head.kind == "number":
+        return HeadAnswered(label=head.label, predicted=None, probabilities={}, number=values[0])
+    probabilities = dict(zip(head.classes, values, strict=True))
+    predicted = max(probabilities, key=probabilities.__getitem__)
+    return HeadAnswered(label=head.label, predicted=predicted, probabilities=probabilities, number=None)
 
 
 def _fields(facts: CellFacts) -> dict[str, Any]:

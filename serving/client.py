@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +28,47 @@ from genescale.platform.errors import (
     UnauthorizedError,
 )
 from genescale.platform.settings import Secret
+from genescale.serving.client_answers import (
+    CellReport as CellReport,
+)
+from genescale.serving.client_answers import (
+    ClassifiedCell as ClassifiedCell,
+)
+from genescale.serving.client_answers import (
+    ClassifiedGene as ClassifiedGene,
+)
+from genescale.serving.client_answers import (
+    ClassifyAnswer as ClassifyAnswer,
+)
+from genescale.serving.client_answers import (
+    EditResult as EditResult,
+)
+from genescale.serving.client_answers import (
+    EmbeddingsAnswer as EmbeddingsAnswer,
+)
+from genescale.serving.client_answers import (
+    GeneShift as GeneShift,
+)
+from genescale.serving.client_answers import (
+    HeadAnswer as HeadAnswer,
+)
+from genescale.serving.client_answers import (
+    Model as Model,
+)
+from genescale.serving.client_answers import (
+    PerturbationsAnswer as PerturbationsAnswer,
+)
+from genescale.serving.client_answers import (
+    PerturbedCell as PerturbedCell,
+)
+from genescale.serving.client_answers import (
+    Timings as Timings,
+)
+from genescale.serving.client_answers import (
+    edit_of,
+    model_of,
+    report_of,
+)
 
 Cell = Mapping[str, Any]
 """`{"counts": {gene: count}}` or `{"tokens": [...]}`, and `"id"` if wanted; or just `{gene: count}`."""
@@ -46,98 +86,6 @@ STATUS_CLASSES: dict[int, type[GenescaleError]] = {
     503: OverloadedError,
     504: DeadlineError,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What answered: an immutable model version, its vocabulary, and the corpus it learnt from."""
-
-    name: str
-    version: str
-    digest: str
-    vocabulary_digest: str
-    corpus_version: int | str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timings:
-    """Milliseconds the service spent parsing, waiting and computing."""
-
-    parse: float
-    queue: float
-    forward: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellReport:
-    """What became of one cell."""
-
-    id: str | None
-    n_genes: int
-    n_tokens: int
-    cropped: bool
-    n_ignored: int
-    ignored_by_reason: Mapping[str, int]
-    ignored: tuple[tuple[str, str], ...]
-    """Gene and reason; cut at the service's limit, the counts are complete."""
-    merged: Mapping[str, tuple[str, ...]]
-    """Gene id -> the names whose counts were summed."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EmbeddingsAnswer:
-    """Embeddings in the order of the cells asked for."""
-
-    embeddings: np.ndarray
-    """`(n, d)` float32, bit for bit what the model gave."""
-    cells: tuple[CellReport, ...]
-    model: Model
-    timings_ms: Timings
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneShift:
-    """How far one gene's own embedding moved; None where the gene does not stand in both cells."""
-
-    gene: str
-    cosine: float | None
-    shift: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditResult:
-    """What one edit did to one cell."""
-
-    kind: str
-    genes: tuple[str, ...]
-    found: Mapping[str, int]
-    """Gene -> its rank in the cell (0 = the first gene)."""
-    absent: tuple[str, ...]
-    cosine: float | None
-    shift: float | None
-    goal_shift: float | None
-    reason: str
-    n_compared: int
-    n_cut: int
-    n_refilled: int
-    gene_shifts: tuple[GeneShift, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerturbedCell:
-    """One cell and what each edit did to it, in the order of the edits."""
-
-    report: CellReport
-    edits: tuple[EditResult, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerturbationsAnswer:
-    """Cells in the order asked for, each with all edits."""
-
-    cells: tuple[PerturbedCell, ...]
-    model: Model
-    timings_ms: Timings
 
 
 class GenescaleClient:
@@ -173,8 +121,8 @@ class GenescaleClient:
         answer = self._ask("POST", "/v1/embeddings", body)
         return EmbeddingsAnswer(
             embeddings=np.asarray([cell["embedding"] for cell in answer["cells"]], dtype=np.float64).astype(np.float32),
-            cells=tuple(_report(cell) for cell in answer["cells"]),
-            model=_model(answer["provenance"]),
+            cells=tuple(report_of(cell) for cell in answer["cells"]),
+            model=model_of(answer["provenance"]),
             timings_ms=Timings(**answer["timings_ms"]),
         )
 
@@ -201,10 +149,23 @@ class GenescaleClient:
         answer = self._ask("POST", "/v1/perturbations", body)
         return PerturbationsAnswer(
             cells=tuple(
-                PerturbedCell(report=_report(cell), edits=tuple(_edit(edit) for edit in cell["edits"]))
+                PerturbedCell(report=report_of(cell), edits=tuple(edit_of(edit) for edit in cell["edits"]))
                 for cell in answer["cells"]
             ),
-            model=_model(answer["provenance"]),
+            model=model_of(answer["provenance"]),
+            timings_ms=Timings(**answer["timings_ms"]),
+        )
+
+    def classify(self, cells: Sequence[Cell], *, genes: Sequence[str] = ()) -> ClassifyAnswer:
+        """What the heads of a fine-tuned model say of cells, or of genes (none named: all genes of the cells)."""
+        answer = self._ask("POST", "/v1/classify", {"cells": [_cell(cell) for cell in cells], "genes": list(genes)})
+        return ClassifyAnswer(
+            cells=tuple(
+                ClassifiedCell(report=report_of(cell), heads=tuple(HeadAnswer(**head) for head in cell["heads"]))
+                for cell in answer["cells"]
+            ),
+            genes=tuple(ClassifiedGene(**gene) for gene in answer["genes"]),
+            model=model_of(answer["provenance"]),
             timings_ms=Timings(**answer["timings_ms"]),
         )
 
@@ -323,33 +284,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     return value
-
-
-def _model(provenance: Mapping[str, Any]) -> Model:
-    return Model(
-        **provenance["model"],
-        vocabulary_digest=provenance["vocabulary"]["digest"],
-        corpus_version=provenance["corpus"]["version"],
-    )
-
-
-def _report(cell: Mapping[str, Any]) -> CellReport:
-    ignored = cell["ignored"]
-    return CellReport(
-        **{key: cell[key] for key in ("id", "n_genes", "n_tokens", "cropped")},
-        n_ignored=ignored["n"],
-        ignored_by_reason={reason: ignored[reason] for reason in ("unknown", "no_median", "zero")},
-        ignored=tuple((one["gene"], one["reason"]) for one in ignored["genes"]),
-        merged={one["gene"]: tuple(one["names"]) for one in cell["merged"]},
-    )
-
-
-def _edit(edit: Mapping[str, Any]) -> EditResult:
-    same = ("kind", "cosine", "shift", "goal_shift", "reason", "n_compared", "n_cut", "n_refilled")
-    return EditResult(
-        **{key: edit[key] for key in same},
-        genes=tuple(edit["genes"]),
-        found={one["gene"]: one["rank"] for one in edit["found"]},
-        absent=tuple(edit["absent"]),
-        gene_shifts=tuple(GeneShift(**one) for one in edit["gene_shifts"]),
-    )

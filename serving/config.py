@@ -31,6 +31,8 @@ class Limits:
     """Genes that one edit changes together."""
     max_gene_shifts: int = 256
     """Genes whose own shifts may be asked for."""
+    max_classified_genes: int = 65_536
+    """Genes whose classes one answer may hold."""
     max_tokens: int = 2_000_000
     """Tokens through the model for one request: the cells, and each cell again for each edit."""
     max_listed_genes: int = 50

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import get_args
@@ -14,6 +15,7 @@ from genescale.serving.release import Release
 from genescale.serving.schemas import (
     CorpusFacts,
     EncoderFacts,
+    HeadFacts,
     InfoAnswered,
     Layer,
     ModelFacts,
@@ -25,7 +27,19 @@ from genescale.serving.schemas import (
 # Facts of a bundle's lineage that say where a model comes from without naming a bucket or a path.
 PUBLIC_LINEAGE = ("corpus_version", "git_commit", "run_id", "parent_digest")
 # Fields of the config that bound requests, beside its limits.
+HEAD_FILE = "head.json"
 SHOWN = ("tokens_per_batch", "max_ongoing", "max_queued", "replicas")
+
+
+def head_facts(bundle: Bundle) -> list[HeadFacts]:
+    """What the heads of a bundle answer; empty for a bundle without one. Read without torch."""
+    if HEAD_FILE not in bundle.files:
+        return []
+    content = json.loads(bundle.read(HEAD_FILE))
+    heads = content.get("heads") or [{"kind": "cell_classes", **content}]
+    return [
+        HeadFacts(label=head.get("label", "label"), kind=head["kind"], classes=list(head["classes"])) for head in heads
+    ]
 
 
 def describe(release: Release, bundle: Bundle, config: ServingConfig) -> InfoAnswered:
@@ -49,6 +63,7 @@ def describe(release: Release, bundle: Bundle, config: ServingConfig) -> InfoAns
             n_genes=len(vocabulary.gene_ids),
             has_cls=has_cls,
         ),
+        heads=head_facts(bundle),
         lineage={key: lineage[key] for key in PUBLIC_LINEAGE if key in lineage},
         choices={
             "layer": list(get_args(Layer)),

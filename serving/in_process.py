@@ -10,15 +10,27 @@ from typing import Any
 import numpy as np
 
 from genescale.perturbation.perturb import CellEmbedder, EditAnswer, EditRequest
-from genescale.serving.passes import Comparison, Outcome, Pass, carry_out, embed_in_passes, perturb_in_passes
+from genescale.serving.passes import (
+    Classified,
+    Classifier,
+    Comparison,
+    Outcome,
+    Pass,
+    carry_out,
+    classify_in_passes,
+    embed_in_passes,
+    perturb_in_passes,
+)
 from genescale.serving.schemas import Layer, Pooling
 
 
 class InProcessModel:
-    """The `Model` of an embedder that lives here; one pass at a time, on a thread of its own."""
+    """The `Model` of an embedder, and of heads on it, that live here; one pass at a time, on a thread of its own."""
 
-    def __init__(self, embedder: CellEmbedder, *, tokens_per_batch: int = 8_192) -> None:
-        self.embedder, self.tokens_per_batch = embedder, tokens_per_batch
+    def __init__(
+        self, embedder: CellEmbedder, classifier: Classifier | None = None, *, tokens_per_batch: int = 8_192
+    ) -> None:
+        self.embedder, self.classifier, self.tokens_per_batch = embedder, classifier, tokens_per_batch
         self._lane = ThreadPoolExecutor(max_workers=1, thread_name_prefix="genescale-model")
 
     async def embed(self, cells: Sequence[np.ndarray], layer: Layer, pooling: Pooling) -> Outcome[np.ndarray]:
@@ -37,9 +49,13 @@ class InProcessModel:
             self._run, cells, edits, comparison, uncropped, tokens_per_pass=self.tokens_per_batch
         )
 
+    async def classify(self, cells: Sequence[np.ndarray], genes: frozenset[int] | None) -> Outcome[Classified]:
+        """Answers of every head."""
+        return await classify_in_passes(self._run, cells, genes, tokens_per_pass=self.tokens_per_batch)
+
     async def ping(self) -> None:
         """A model in this process is always there."""
 
     async def _run(self, one: Pass) -> Outcome[Any]:
         loop = asyncio.get_running_loop()
-        return (await loop.run_in_executor(self._lane, carry_out, self.embedder, [one]))[0]
+        return (await loop.run_in_executor(self._lane, carry_out, self.embedder, [one], self.classifier))[0]

@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from genescale.perturbation.perturb import CellEmbedder, EditAnswer, EditRequest, perturb_cells
-from genescale.platform.errors import GenescaleError
+from genescale.platform.errors import GenescaleError, InputError
 from genescale.serving.schemas import Layer, Measure, Pooling
 
 T = TypeVar("T")
@@ -56,7 +56,35 @@ class PerturbPass:
     """All genes in rank order of the cells (by position) that a refilling deletion needs."""
 
 
-Pass = EmbedPass | PerturbPass
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassifyPass:
+    """Cells to answer with the model's heads in one go."""
+
+    cells: Sequence[np.ndarray]
+    genes: frozenset[int] | None
+    """Tokens that a gene head answers for; None means every gene of the cells."""
+    cost: int
+    """Tokens that go through the model, at most the budget."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Classified:
+    """What the heads say of some cells: one row a cell, or one row a gene of a cell."""
+
+    tokens_r: np.ndarray
+    """(r) int64: the gene of each row; empty for heads of cells."""
+    answers: tuple[np.ndarray, ...]
+    """One array (r, c) float32 for each head: probabilities, or numbers with c = 1."""
+
+
+class Classifier(Protocol):
+    """Heads on an encoder."""
+
+    def classify(self, cells: Sequence[np.ndarray], genes: frozenset[int] | None) -> Classified:
+        """Answers of every head, rows in the order of the cells."""
+
+
+Pass = EmbedPass | PerturbPass | ClassifyPass
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +112,9 @@ class Model(Protocol):
         uncropped: Mapping[int, np.ndarray],
     ) -> Outcome[list[list[EditAnswer]]]:
         """Each edit of each cell, in the order given."""
+
+    async def classify(self, cells: Sequence[np.ndarray], genes: frozenset[int] | None) -> Outcome[Classified]:
+        """Answers of every head; raises InputError for a model without one."""
 
     async def ping(self) -> None:
         """Return when the model is loaded, warm and answers."""
@@ -144,6 +175,16 @@ def _perturb_pass(
     )
 
 
+def split_classification(
+    cells: Sequence[np.ndarray], genes: frozenset[int] | None, *, tokens_per_pass: int
+) -> list[ClassifyPass]:
+    """Passes that hold `cells` in order, none above the budget unless it is a single cell."""
+    return [
+        ClassifyPass(cells=[cells[i] for i in part], genes=genes, cost=min(cost, tokens_per_pass))
+        for part, cost in _runs(len(cells), lambda at, _: len(cells[at]), tokens_per_pass)
+    ]
+
+
 def join_perturbation(parts: Iterable[list[list[EditAnswer]]], n_edits: int) -> list[list[EditAnswer]]:
     """Answers of all passes of one request, `n_edits` to a cell again."""
     flat = [answer for part in parts for cell in part for answer in cell]
@@ -166,7 +207,9 @@ def _runs(n: int, cost_of: Callable[[int, bool], int], budget: int) -> list[tupl
     return [*runs, (range(start, n), total)]
 
 
-def carry_out(embedder: CellEmbedder, passes: Sequence[Pass]) -> list[Outcome[object]]:
+def carry_out(
+    embedder: CellEmbedder, passes: Sequence[Pass], classifier: Classifier | None = None
+) -> list[Outcome[object]]:
     """Run passes of any requests together; `value` of a pass that failed is its exception.
 
     The exception is a value, because one request's failure must not become that of its companions.
@@ -179,9 +222,11 @@ def carry_out(embedder: CellEmbedder, passes: Sequence[Pass]) -> list[Outcome[ob
         except Exception as error:  # noqa: BLE001
             values.update(dict.fromkeys(positions, error))
     for position, one in enumerate(passes):
-        if isinstance(one, PerturbPass):
+        if not isinstance(one, EmbedPass):
             try:
-                values[position] = _perturb(embedder, one)
+                values[position] = (
+                    _perturb(embedder, one) if isinstance(one, PerturbPass) else _classify(classifier, one)
+                )
             except Exception as error:  # noqa: BLE001
                 values[position] = error
     forward_s = time.perf_counter() - began
@@ -218,6 +263,27 @@ def _perturb(embedder: CellEmbedder, one: PerturbPass) -> list[list[EditAnswer]]
         gene_shifts_of=one.comparison.gene_shifts_of,
         uncropped=one.uncropped,
     )
+
+
+def _classify(classifier: Classifier | None, one: ClassifyPass) -> Classified:
+    if classifier is None:
+        raise InputError(
+            "this model has no head.", fix="Serve a model that `genescale finetune` made; /v1/info lists its heads."
+        )
+    return classifier.classify(one.cells, one.genes)
+
+
+async def classify_in_passes(
+    run: RunPass, cells: Sequence[np.ndarray], genes: frozenset[int] | None, *, tokens_per_pass: int
+) -> Outcome[Classified]:
+    """Answers of every head for `cells` in order, from passes that `run` carries out."""
+    done = await _all(run, split_classification(cells, genes, tokens_per_pass=tokens_per_pass))
+    parts: list[Classified] = [one.value for one in done]
+    joined = Classified(
+        tokens_r=np.concatenate([part.tokens_r for part in parts]),
+        answers=tuple(np.concatenate(arrays) for arrays in zip(*(part.answers for part in parts), strict=True)),
+    )
+    return Outcome(value=joined, forward_s=_total_s(done))
 
 
 async def embed_in_passes(

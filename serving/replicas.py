@@ -32,10 +32,12 @@ from genescale.platform.settings import Settings
 from genescale.platform.vocabulary import Vocabulary
 from genescale.serving.config import ServingConfig
 from genescale.serving.passes import (
+    Classified,
     Comparison,
     Outcome,
     Pass,
     carry_out,
+    classify_in_passes,
     embed_in_passes,
     perturb_in_passes,
 )
@@ -61,6 +63,7 @@ class ModelReplica:
     def __init__(self, release: Release, config: ServingConfig, settings: Settings) -> None:
         import torch
 
+        from genescale.serving.classifier import heads_on
         from genescale.training.embedder import Embedder
 
         prepare_process(settings, config)
@@ -69,6 +72,7 @@ class ModelReplica:
         self._embedder = Embedder.load(
             bundle, device=config.device, tokens_per_batch=config.tokens_per_batch, attention=config.attention
         )
+        self._classifier = heads_on(self._embedder, bundle)
         self._tokens_per_batch = config.tokens_per_batch
         self._lane = ThreadPoolExecutor(max_workers=1, thread_name_prefix="genescale-model")
         self._probe = probe_cell(bundle.vocabulary)
@@ -92,6 +96,10 @@ class ModelReplica:
             self.run_batched, cells, edits, comparison, uncropped, tokens_per_pass=self._tokens_per_batch
         )
 
+    async def classify(self, cells: Sequence[np.ndarray], genes: frozenset[int] | None) -> Outcome[Classified]:
+        """Answers of every head."""
+        return await classify_in_passes(self.run_batched, cells, genes, tokens_per_pass=self._tokens_per_batch)
+
     async def ping(self) -> None:
         """Return: a replica takes calls only once its model is loaded and warm."""
 
@@ -99,7 +107,9 @@ class ModelReplica:
     @serve.batch(max_batch_size=8_192, batch_wait_timeout_s=0.005, batch_size_fn=total_cost)
     async def run_batched(self, passes: list[Pass]) -> list[Outcome[Any]]:
         """Carry out passes of several requests together."""
-        return await asyncio.get_running_loop().run_in_executor(self._lane, carry_out, self._embedder, passes)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._lane, carry_out, self._embedder, passes, self._classifier
+        )
 
     async def check_health(self) -> None:
         """Raise, so that Ray Serve replaces the replica, unless a fixed cell gets the embedding it got at the start."""
@@ -135,6 +145,11 @@ class ServedModel:
         """Each edit of each cell, in the order given."""
         async with self._places:
             return await _answer_of(self._handle.perturb.remote(cells, edits, comparison, uncropped))
+
+    async def classify(self, cells: Sequence[np.ndarray], genes: frozenset[int] | None) -> Outcome[Classified]:
+        """Answers of every head."""
+        async with self._places:
+            return await _answer_of(self._handle.classify.remote(cells, genes))
 
     async def ping(self) -> None:
         """Return when a replica answers."""

@@ -24,6 +24,8 @@ from genescale.serving.config import ServingConfig
 from genescale.serving.gate import OPEN_PATHS, Gate
 from genescale.serving.problems import JSON_TYPE, Problem, RefusedError, problem_of, refused
 from genescale.serving.schemas import (
+    ClassifyAnswered,
+    ClassifyAsked,
     EmbeddingsAnswered,
     EmbeddingsAsked,
     ErrorAnswered,
@@ -70,6 +72,7 @@ def routes() -> FastAPI:
     app = FastAPI(title="Genescale", version=API_VERSION, redirect_slashes=False, docs_url=None, redoc_url=None)
     _post(app, "/v1/embeddings", _embeddings, EmbeddingsAsked, EmbeddingsAnswered)
     _post(app, "/v1/perturbations", _perturbations, PerturbationsAsked, PerturbationsAnswered)
+    _post(app, "/v1/classify", _classify, ClassifyAsked, ClassifyAnswered)
     _get(app, "/v1/info", _info, InfoAnswered, FACTS)
     _get(app, "/healthz", _alive, StatusAnswered, PROBES[:1])
     _get(app, "/readyz", _ready, StatusAnswered, PROBES)
@@ -86,7 +89,7 @@ def openapi_document(app: FastAPI | None = None) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=ABOUT, routes=app.routes)
         _, asked = models_json_schema(
-            [(kind, "validation") for kind in (EmbeddingsAsked, PerturbationsAsked)],
+            [(kind, "validation") for kind in (EmbeddingsAsked, PerturbationsAsked, ClassifyAsked)],
             ref_template="#/components/schemas/{model}",
         )
         components = document.setdefault("components", {})
@@ -146,6 +149,11 @@ async def _embeddings(request: Request) -> Response:
 async def _perturbations(request: Request) -> Response:
     """Delete or overexpress genes in cells and say how far the cells move."""
     return _json(await _answers(request).perturbations(await _body(request)))
+
+
+async def _classify(request: Request) -> Response:
+    """Answer cells, or genes in cells, with the heads of a fine-tuned model."""
+    return _json(await _answers(request).classifications(await _body(request)))
 
 
 async def _info(request: Request) -> Response:

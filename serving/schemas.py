@@ -16,6 +16,7 @@ Layer = Literal["last", "second_to_last"]
 Pooling = Literal["mean_genes", "cls"]
 Measure = Literal["remaining_genes", "cls", "mean_pooled"]
 Kind = Literal["delete", "overexpress"]
+HeadKind = Literal["cell_classes", "gene_classes", "number"]
 Reason = Literal["unknown", "no_median", "zero"]
 
 # Beyond this a count is a mistake, and its quotient by a small median could leave the range of a double.
@@ -95,6 +96,16 @@ class PerturbationsAsked(Asked):
         None, description="Mean embedding of a goal state, same layer: adds the movement toward it."
     )
     gene_shifts: list[GeneName] = Field([], description="Genes whose own shift is wanted for each edit.")
+
+
+class ClassifyAsked(Asked):
+    """Cells, or genes in the context of cells, to answer with the heads of a fine-tuned model."""
+
+    cells: Cells
+    genes: list[GeneName] = Field(
+        [],
+        description="Gene heads only: the genes that are wanted. Empty means every gene of the cells, up to a limit.",
+    )
 
 
 class ModelFacts(Answered):
@@ -233,6 +244,49 @@ class PerturbationsAnswered(Answered):
     timings_ms: Timings
 
 
+class HeadFacts(Answered):
+    """One head of a fine-tuned model: what it reads, and what it can answer."""
+
+    label: str
+    kind: HeadKind
+    classes: list[str] = Field(description="Empty for a number.")
+
+
+class HeadAnswered(Answered):
+    """What one head says."""
+
+    label: str
+    predicted: str | None = Field(description="The most probable class; null for a number.")
+    probabilities: dict[str, float] = Field(description="Of each class; empty for a number.")
+    number: float | None = Field(description="In the unit of the labels; null for classes.")
+
+
+class ClassifiedCell(CellFacts):
+    """One cell and what each cell head says of it; none for a model whose head reads genes."""
+
+    heads: list[HeadAnswered]
+
+
+class ClassifiedGene(Answered):
+    """One gene and what the gene head says of it: the mean over the request's cells that have the gene."""
+
+    gene: str
+    n_cells: int
+    predicted: str | None = Field(description="The most probable class; null where no cell has the gene.")
+    probabilities: dict[str, float]
+    spread: dict[str, float] = Field(description="Standard deviation of each probability over those cells.")
+
+
+class ClassifyAnswered(Answered):
+    """Answers of the heads, in the order of the request."""
+
+    provenance: Provenance
+    heads: list[HeadFacts]
+    cells: list[ClassifiedCell]
+    genes: list[ClassifiedGene]
+    timings_ms: Timings
+
+
 class EncoderFacts(Answered):
     """Shape of the model."""
 
@@ -250,6 +304,7 @@ class InfoAnswered(Answered):
     build: str
     provenance: Provenance
     encoder: EncoderFacts
+    heads: list[HeadFacts] = Field(description="What /v1/classify answers; empty for a model without a head.")
     lineage: dict[str, str | int | float | None]
     choices: dict[str, list[str]]
     limits: dict[str, float]
