@@ -97,6 +97,8 @@ class BatchPlan:
     """Tokens in a micro-batch at most."""
     lanes: int
     """Micro-batches in an optimiser step."""
+    cell_budget: int = 0
+    """Cells in a micro-batch at most; 0 sets no bound."""
 
     def __post_init__(self) -> None:
         if self.lanes < 1:
@@ -134,8 +136,10 @@ def _epoch_plan(plan: BatchPlan, epoch: int) -> EpochPlan:
     ends = np.zeros(len(order) + 1, dtype=np.int64)
     np.cumsum(plan.lengths[order], out=ends[1:])
     starts = [0]
+    most = plan.cell_budget or len(order)
     while starts[-1] < len(order):
-        starts.append(int(np.searchsorted(ends, ends[starts[-1]] + plan.token_budget, side="right")) - 1)
+        full = int(np.searchsorted(ends, ends[starts[-1]] + plan.token_budget, side="right")) - 1
+        starts.append(min(full, starts[-1] + most))
     return EpochPlan(order, np.array(starts, dtype=np.int64), plan.lanes)
 
 
@@ -172,6 +176,17 @@ class MicroBatch:
         return MicroBatch(self.packed.to(device), positions, labels, self.n_masked, self.dropout_seed)
 
 
+class Lane(Protocol):
+    """Cells that are computed together, with what is to be learned from them."""
+
+    @property
+    def dropout_seed(self) -> int:
+        """Dropout is drawn from this seed, on whichever worker it is computed."""
+
+    def to(self, device: torch.device | str) -> Lane:
+        """The same on `device`."""
+
+
 @dataclass(frozen=True, eq=False)
 class StepBatch:
     """What one worker needs for one optimiser step, and the global counts of that step."""
@@ -179,14 +194,21 @@ class StepBatch:
     step: int
     """Steps done once this one is: the first is 1."""
     epoch: int
-    micro_batches: tuple[MicroBatch, ...]
-    """The worker's lanes."""
+    micro_batches: Sequence[Lane]
+    """The worker's lanes: `MicroBatch` in pretraining."""
     masked: int
-    """Masked tokens of all lanes: what the loss is divided by."""
+    """Masked tokens of all lanes."""
     tokens: int
     """Tokens of all lanes."""
     squares: int = 0
     """Sum of the squared lengths of the cells of all lanes: what attention costs."""
+    weight: float | None = None
+    """What the loss is divided by, over all lanes; None means `masked`."""
+
+    @property
+    def divisor(self) -> float:
+        """What the loss of this step is divided by."""
+        return self.masked if self.weight is None else self.weight
 
 
 def micro_batch(
@@ -213,9 +235,28 @@ def check_workers(lanes: int, workers: int) -> None:
         )
 
 
-def step_batches(
-    source: CellSource, plan: BatchPlan, masking: Masking, *, rank: int, workers: int, first: int, last: int
-) -> Iterator[StepBatch]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedStep:
+    """The cells of one optimiser step, before they are read."""
+
+    number: int
+    """Steps done once this one is: the first is 1."""
+    epoch: int
+    lanes: tuple[npt.NDArray[np.integer], ...]
+    """Cells of each lane of this worker; a lane may be empty."""
+    all_cells: npt.NDArray[np.integer]
+    """Cells of all lanes of all workers."""
+    _place: tuple[int, int, range]
+
+    def dropout_seeds(self, seed: int) -> list[int]:
+        """The dropout seed of each lane of this worker."""
+        epoch, step, lanes = self._place
+        return [_dropout_seed(seed, epoch, step, lane) for lane in lanes]
+
+
+def planned_steps(
+    source: CellSource, plan: BatchPlan, *, rank: int, workers: int, first: int, last: int
+) -> Iterator[PlannedStep]:
     """The optimiser steps `first` + 1 ... `last` as worker `rank` of `workers` sees them."""
     check_workers(plan.lanes, workers)
     epoch, step = plan.locate(first) if first < last else (0, 0)
@@ -224,9 +265,30 @@ def step_batches(
         if step == plan.epoch(epoch).n_steps:
             epoch, step = epoch + 1, 0
         ahead.reach(epoch, step)
-        lanes = range(rank, plan.lanes, workers)
-        yield _step_batch(source, plan.epoch(epoch), masking, (epoch, step), done + 1, lanes)
+        yield _planned_step(plan, epoch, step, done + 1, range(rank, plan.lanes, workers))
         step += 1
+
+
+def whole_epoch(plan: BatchPlan, *, rank: int, workers: int) -> Iterator[PlannedStep]:
+    """Every cell of the plan once, in the order of its first epoch: for measurements."""
+    for step in range(plan.epoch(0).n_steps):
+        yield _planned_step(plan, 0, step, step + 1, range(rank, plan.lanes, workers))
+
+
+def _planned_step(plan: BatchPlan, epoch: int, step: int, done: int, lanes: range) -> PlannedStep:
+    planned = plan.epoch(epoch)
+    cells = tuple(planned.micro_batch(step, lane) for lane in lanes)
+    return PlannedStep(
+        number=done, epoch=epoch, lanes=cells, all_cells=planned.step_cells(step), _place=(epoch, step, lanes)
+    )
+
+
+def step_batches(
+    source: CellSource, plan: BatchPlan, masking: Masking, *, rank: int, workers: int, first: int, last: int
+) -> Iterator[StepBatch]:
+    """The masked optimiser steps `first` + 1 ... `last` as worker `rank` of `workers` sees them."""
+    for planned in planned_steps(source, plan, rank=rank, workers=workers, first=first, last=last):
+        yield _step_batch(source, planned, masking)
 
 
 class _Ahead:
@@ -265,26 +327,20 @@ def evaluation_batches(
     source: CellSource, plan: BatchPlan, masking: Masking, *, rank: int, workers: int
 ) -> Iterator[StepBatch]:
     """Every cell of the plan once, with the same masks each time it is called."""
-    epoch = plan.epoch(0)
-    for step in range(epoch.n_steps):
-        yield _step_batch(source, epoch, masking, (0, step), step + 1, range(rank, plan.lanes, workers))
+    for planned in whole_epoch(plan, rank=rank, workers=workers):
+        yield _step_batch(source, planned, masking)
 
 
-def _step_batch(
-    source: CellSource, plan: EpochPlan, masking: Masking, place: tuple[int, int], done: int, lanes: range
-) -> StepBatch:
-    epoch, step = place
-    indices = [plan.micro_batch(step, lane) for lane in lanes]
-    seeds = [_dropout_seed(masking.seed, epoch, step, lane) for lane in lanes]
+def _step_batch(source: CellSource, planned: PlannedStep, masking: Masking) -> StepBatch:
     # One read for all lanes of the worker: they often share Parquet parts.
-    cells = iter(source.tokens(np.concatenate(indices)))
+    cells = iter(source.tokens(np.concatenate(planned.lanes)))
     batches = [
-        micro_batch([next(cells) for _ in chosen], chosen, masking, epoch=epoch, dropout_seed=seed)
-        for chosen, seed in zip(indices, seeds, strict=True)
+        micro_batch([next(cells) for _ in chosen], chosen, masking, epoch=planned.epoch, dropout_seed=seed)
+        for chosen, seed in zip(planned.lanes, planned.dropout_seeds(masking.seed), strict=True)
     ]
-    lengths = source.lengths[plan.step_cells(step)].astype(np.int64)
+    lengths = source.lengths[planned.all_cells].astype(np.int64)
     masked, tokens = int(masking.counts(lengths).sum()), int(lengths.sum())
-    return StepBatch(done, epoch, tuple(batches), masked, tokens, int((lengths**2).sum()))
+    return StepBatch(planned.number, planned.epoch, tuple(batches), masked, tokens, int((lengths**2).sum()))
 
 
 def _dropout_seed(seed: int, epoch: int, step: int, lane: int) -> int:

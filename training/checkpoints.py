@@ -50,6 +50,8 @@ class Entry:
     steps: int
     held_out_loss: float | None = None
     """Of exactly these weights; None when they were not measured."""
+    order: tuple[float, ...] = ()
+    """What the run compares its checkpoints by, the lowest is the best; empty means by the held-out loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ class Checkpoints:
             name=entry_name,
             steps=int(state["steps"]),
             held_out_loss=measured.get("loss"),
+            order=tuple(state.get("order") or ()),
         )
 
     def record(self, entry: Entry, keep: int) -> list[Entry]:
@@ -202,9 +205,10 @@ class Checkpoints:
         return patiently(operation, patience=self._patience, what=what)
 
 
-def _rank(entry: Entry) -> tuple[float, int]:
-    """Lowest loss first, of equal ones the newest."""
-    return (float("inf") if entry.held_out_loss is None else entry.held_out_loss, -entry.steps)
+def _rank(entry: Entry) -> tuple[tuple[float, ...], int]:
+    """Lowest first, of equal ones the newest."""
+    loss = float("inf") if entry.held_out_loss is None else entry.held_out_loss
+    return tuple(entry.order) or (loss,), -entry.steps
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

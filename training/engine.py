@@ -1,12 +1,14 @@
 """Optimiser steps: one protocol, one engine in plain torch, one on DeepSpeed (whose only door this file is).
 
-Both do the same arithmetic. With N masked tokens in a step, over all lanes of all workers, the loss is
-sum(negative log likelihood) / N, so a lane with fewer masked tokens weighs less and the result does not depend on how
-lanes are dealt to workers. DeepSpeed divides each loss by its accumulation count and averages gradients over workers;
+Both do the same arithmetic. What a micro-batch is trained for is said by an `Objective`: a sum over what it holds, such
+as the negative log likelihood of its masked tokens. The loss of a step is the sum over all lanes of all workers divided
+by their weight (N masked tokens), so a lane with fewer of them weighs less and the result does not depend on how lanes
+are dealt to workers. DeepSpeed divides each loss by its accumulation count and averages gradients over workers;
 the loss handed to it is multiplied by both, which leaves the sum over lanes divided by N.
 
 Dropout is drawn per micro-batch from a seed of the batch plan, inside a forked random state: the same on any worker,
-and the caller's random state is untouched.
+and the caller's random state is untouched. Parameters that do not require gradients are frozen: neither the optimiser
+nor a snapshot has them.
 """
 
 from __future__ import annotations
@@ -16,21 +18,21 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
-from genescale.platform.errors import ClusterError
+from genescale.platform.errors import ClusterError, SettingsError
 from genescale.training import zero_state
-from genescale.training.batches import MicroBatch, StepBatch
-from genescale.training.model import MaskedGeneModel
+from genescale.training.batches import Lane, StepBatch
+from genescale.training.compiling import compile_layers
+from genescale.training.objective import MASKED_GENES, Objective
 from genescale.training.optimizer import OptimizerConfig as OptimizerConfig
 from genescale.training.optimizer import adamw, set_rate
 from genescale.training.shards import SavedState, Snapshot
-from genescale.training.weights import to_hf
 
 
 class Engine(Protocol):
@@ -41,10 +43,10 @@ class Engine(Protocol):
     device: torch.device
 
     def step(self, batch: StepBatch) -> torch.Tensor:
-        """One optimiser step. Returns this worker's sums (3): negative log likelihood, correct, masked tokens."""
+        """One optimiser step. Returns this worker's sums (3): loss, correct, weight (of masked tokens each is one)."""
 
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor:
-        """The same sums without learning and without dropout."""
+    def evaluate(self, micro_batches: Iterable[Lane]) -> torch.Tensor:
+        """The objective's sums (k) for a measurement, without learning and without dropout."""
 
     def total(self, sums: torch.Tensor) -> np.ndarray:
         """Sums of all workers, float64; every worker must call it."""
@@ -56,7 +58,7 @@ class Engine(Protocol):
         """Norm of the last step's gradient before clipping; None where the engine does not say."""
 
     def lane_losses(self) -> torch.Tensor:
-        """Negative log likelihood of each of this worker's micro-batches in the last step."""
+        """Loss of each of this worker's micro-batches in the last step."""
 
     def snapshot(self) -> Snapshot:
         """A copy on the host of what this worker holds of weights and optimiser state; no worker waits for another."""
@@ -65,7 +67,7 @@ class Engine(Protocol):
         """Take weights and optimiser state, whoever wrote them; every worker must call it."""
 
     def weights(self) -> dict[str, np.ndarray]:
-        """All weights under their Hugging Face names; every worker must call it."""
+        """What the objective keeps of the model, by name; every worker must call it."""
 
 
 class TorchEngine:
@@ -74,11 +76,26 @@ class TorchEngine:
     rank, workers = 0, 1
 
     def __init__(
-        self, model: MaskedGeneModel, config: OptimizerConfig, *, total_steps: int, device: str | torch.device = "cpu"
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        *,
+        total_steps: int,
+        objective: Objective = MASKED_GENES,
+        device: str | torch.device = "cpu",
+        compiled: bool = False,
     ) -> None:
-        self._model = model.to(device)
+        if config.offload:
+            raise SettingsError(
+                "only DeepSpeed keeps optimiser state on the host.",
+                where="optimizer.offload",
+                fix="Set optimizer.offload = false, or train with several workers on GPUs.",
+            )
+        self._model, self._objective = model.to(device), objective
         self._config, self._total_steps, self.device = config, total_steps, torch.device(device)
-        self._optimizer = adamw(model, config)
+        self._optimizer = adamw(model, config, rate_scale=objective.rate_scale, fused=self.device.type == "cuda")
+        if compiled:
+            compile_layers(model, self.device)
         self._norm: torch.Tensor | None = None
         self._lane_losses = torch.zeros(0)
 
@@ -89,8 +106,8 @@ class TorchEngine:
         lanes = []
         for micro_batch in batch.micro_batches:
             with _dropout_from(micro_batch.dropout_seed, self.device), self._autocast():
-                nll, micro_sums = _forward(self._model, micro_batch.to(self.device))
-            (nll / batch.masked).backward()
+                loss, micro_sums = self._objective.loss(self._model, micro_batch.to(self.device))
+            (loss / batch.divisor).backward()
             lanes.append(micro_sums)
         clip = self._config.clip or math.inf
         # Kept on the device: a step must not wait for it.
@@ -101,14 +118,12 @@ class TorchEngine:
         return torch.stack(lanes).sum(0)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor:
+    def evaluate(self, micro_batches: Iterable[Lane]) -> torch.Tensor:
         """Sums without learning; see `Engine.evaluate`."""
         self._model.eval()
-        sums = torch.zeros(3, device=self.device)
-        for micro_batch in micro_batches:
-            with self._autocast():
-                sums += _forward(self._model, micro_batch.to(self.device))[1]
-        return sums
+        with self._autocast():
+            sums = [self._objective.measure(self._model, lane.to(self.device)) for lane in micro_batches]
+        return reduce(torch.add, sums)
 
     def total(self, sums: torch.Tensor) -> np.ndarray:
         """There is one worker: its sums."""
@@ -123,22 +138,22 @@ class TorchEngine:
         return None if self._norm is None else float(self._norm)
 
     def lane_losses(self) -> torch.Tensor:
-        """Negative log likelihood of each micro-batch of the last step."""
+        """Loss of each micro-batch of the last step."""
         return self._lane_losses
 
     def snapshot(self) -> Snapshot:
         """A copy of weights and optimiser state."""
-        return zero_state.take_whole(self._optimizer, list(self._model.named_parameters()))
+        return zero_state.take_whole(self._optimizer, zero_state.trained(self._model))
 
     def restore(self, saved: SavedState) -> None:
         """Take weights and optimiser state; IntegrityError when they are not this model's."""
-        parameters = list(self._model.named_parameters())
+        parameters = zero_state.trained(self._model)
         saved.check_fits({name: tuple(parameter.shape) for name, parameter in parameters})
         zero_state.put_whole(self._optimizer, parameters, saved)
 
     def weights(self) -> dict[str, np.ndarray]:
-        """All weights under their Hugging Face names."""
-        return to_hf(self._model)
+        """What the objective keeps of the model, by name."""
+        return self._objective.weights(self._model)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
@@ -147,23 +162,37 @@ class TorchEngine:
 class DeepSpeedEngine:
     """DeepSpeed on the process group of this worker: gloo on CPU, NCCL on GPUs, the same code."""
 
-    def __init__(self, model: MaskedGeneModel, config: OptimizerConfig, *, total_steps: int, lanes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        *,
+        total_steps: int,
+        lanes: int,
+        objective: Objective = MASKED_GENES,
+        compiled: bool = False,
+    ) -> None:
         if not torch.distributed.is_initialized():
             raise ClusterError(
                 "DeepSpeedEngine needs a torch process group.",
                 fix="Ray Train makes one; elsewhere call torch.distributed.init_process_group, or use TorchEngine.",
             )
+        on_cuda = torch.cuda.is_available()
+        config.check_device(on_cuda=on_cuda)
         self.rank, self.workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._config, self._total_steps, self._accumulation = config, total_steps, lanes // self.workers
-        self._model, self._deepspeed = model, _import_deepspeed()
+        self._model, self._objective, self._deepspeed = model, objective, _import_deepspeed()
         self._engine, *_ = self._deepspeed.initialize(
             model=model,
-            # torch's own AdamW: DeepSpeed's CPU and fused ones are compiled at first use.
-            optimizer=adamw(model, config),
+            # torch's own AdamW: DeepSpeed's CPU and fused ones are compiled at first use. The model is still on the
+            # host; the fused form is chosen by where DeepSpeed will put the state.
+            optimizer=adamw(model, config, rate_scale=objective.rate_scale, fused=on_cuda and not config.offload),
             config=_deepspeed_config(config, self._accumulation),
             dist_init_required=None,
         )
         self.device = torch.device(self._engine.device)
+        if compiled:
+            compile_layers(model, self.device, zero_stage=config.zero_stage)
         self._norm: torch.Tensor | None = None
         if config.zero_stage == 0:
             self._engine.clip_fp32_gradients = self._clip
@@ -174,25 +203,24 @@ class DeepSpeedEngine:
         self._engine.train()
         lanes = []
         # DeepSpeed takes the mean over accumulation and workers: this undoes it (see the top of this file).
-        scale = self._accumulation * self.workers / batch.masked
+        scale = self._accumulation * self.workers / batch.divisor
         set_rate(self._engine.optimizer, self.learning_rate(batch.step))
         for micro_batch in batch.micro_batches:
             with _dropout_from(micro_batch.dropout_seed, self.device):
-                nll, micro_sums = _forward(self._engine, micro_batch.to(self.device))
-            self._engine.backward(nll * scale)
+                loss, micro_sums = self._objective.loss(self._engine, micro_batch.to(self.device))
+            self._engine.backward(loss * scale)
             self._engine.step()
             lanes.append(micro_sums)
         self._lane_losses = torch.stack(lanes)[:, 0]
         return torch.stack(lanes).sum(0)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor:
+    def evaluate(self, micro_batches: Iterable[Lane]) -> torch.Tensor:
         """Sums without learning; see `Engine.evaluate`."""
         self._engine.eval()
-        sums = torch.zeros(3, device=self.device)
-        for micro_batch in micro_batches:
-            sums += _forward(self._engine, micro_batch.to(self.device))[1]
-        return sums
+        return reduce(
+            torch.add, [self._objective.measure(self._engine, lane.to(self.device)) for lane in micro_batches]
+        )
 
     def total(self, sums: torch.Tensor) -> np.ndarray:
         """Sums of all workers."""
@@ -214,7 +242,7 @@ class DeepSpeedEngine:
         self._norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._config.clip)
 
     def lane_losses(self) -> torch.Tensor:
-        """Negative log likelihood of each of this worker's micro-batches in the last step."""
+        """Loss of each of this worker's micro-batches in the last step."""
         return self._lane_losses
 
     def snapshot(self) -> Snapshot:
@@ -228,11 +256,11 @@ class DeepSpeedEngine:
         zero_state.put(self._engine, self._model, saved, stage=stage, rank=self.rank, gathered=gathered)
 
     def weights(self) -> dict[str, np.ndarray]:
-        """All weights under their Hugging Face names; at ZeRO stage 3 they are gathered first."""
+        """What the objective keeps of the model, by name; at ZeRO stage 3 the weights are gathered first."""
         if self._config.zero_stage < 3:
-            return to_hf(self._model)
+            return self._objective.weights(self._model)
         with self._deepspeed.zero.GatheredParameters(list(self._model.parameters())):
-            return to_hf(self._model)
+            return self._objective.weights(self._model)
 
 
 def _import_deepspeed() -> Any:
@@ -252,27 +280,21 @@ def _import_deepspeed() -> Any:
 
 
 def _deepspeed_config(config: OptimizerConfig, accumulation: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
         # A micro-batch is one packed stream; how many cells it holds is the batch plan's business.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # With offload DeepSpeed asks for its own CPU AdamW, which is compiled at first use.
+        "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,
     }
-
-
-def _forward(model: Any, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(negative log likelihood summed over masked tokens, the sums of `Engine.step`)."""
-    logits_mv = model(micro_batch.packed, micro_batch.masked_positions).float()
-    nll_m = functional.cross_entropy(logits_mv, micro_batch.labels, reduction="none")
-    # An empty lane computes one token, for the collectives of ZeRO, and counts for nothing.
-    weight = 1.0 if micro_batch.n_masked else 0.0
-    nll = nll_m.sum() * weight
-    correct = (logits_mv.argmax(-1) == micro_batch.labels).sum() * weight
-    return nll, torch.stack([nll.detach(), correct, nll.new_full((), float(micro_batch.n_masked))])
 
 
 @contextlib.contextmanager

@@ -13,7 +13,9 @@ two sums and two norms of width d; two of the feed-forward width f; the dropout 
 
     layers x t x (e (10 d + 2 f) + 3 d)  +  3 x 4 x m x vocabulary        (logits, their softmax and its gradient)
 
-Back ends that keep attention scores (`padded`, `eager`) take 2 e x heads x sum(l^2) more per layer.
+Back ends that keep attention scores (`padded`, `eager`) take 2 e x heads x sum(l^2) more per layer. Options of
+an encoder add to the values of width d: 2 for turned queries and keys, 2 for normalised ones, 2 o for o neighbours in
+rank; a gated feed-forward keeps four of width f; seen genes take a byte and a value more per logit.
 
 **Time**: the tokens of the plan over the tokens per second that a few micro-batches of the plan took on this machine's
 own device, times the number of workers: communication between workers, and slower or faster devices than this one, are
@@ -22,6 +24,7 @@ not in it.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,8 +129,11 @@ def memory_bytes(config: PretrainConfig, encoder: EncoderConfig, parameters: int
     whole, divided = BYTES_PER_PARAMETER[stage]
     value = 2 if config.optimizer.precision == "bf16" else FP32
     tokens, width = config.token_budget, encoder.width
-    activations = encoder.layers * tokens * (value * (10 * width + 2 * encoder.feed_forward) + 3 * width)
-    logits = 3 * FP32 * config.mask_fraction * tokens * encoder.vocabulary_size
+    kept = 10 * width + (4 if encoder.activation == "geglu" else 2) * encoder.feed_forward
+    kept += 2 * width * (bool(encoder.rotary_base) + encoder.query_key_norm + encoder.rank_neighbours)
+    activations = encoder.layers * tokens * (value * kept + 3 * width)
+    logit = 3 * FP32 + (FP32 + 1) * encoder.seen_genes
+    logits = logit * config.mask_fraction * tokens * encoder.vocabulary_size
     return int(parameters * (whole + divided / workers) + activations + logits)
 
 
@@ -137,7 +143,8 @@ def measure(config: PretrainConfig, source: CellSource, plan: RunPlan, *, device
     encoder = config.encoder.for_vocabulary(source.vocabulary)
     engine = TorchEngine(
         new_model(encoder, seed=config.seed, attention=config.attention),
-        config.optimizer,
+        # One process divides nothing, so there is nothing to put on the host either.
+        dataclasses.replace(config.optimizer, offload=False),
         total_steps=max(plan.total_steps, PROBES + 1),
         device=place,
     )

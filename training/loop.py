@@ -1,16 +1,18 @@
 """The training loop: plan, steps, measurements and checkpoints, without Ray and without a tracker.
 
 `train_loop` runs the same on one process with `TorchEngine` and on each of many workers with `DeepSpeedEngine`. What it
-has to say goes to two callbacks: rows of measurements, and the moment to write a checkpoint.
+has to say goes to two callbacks: rows of measurements, and the moment to write a checkpoint. What is trained is said by
+a `Plan` (which batches, what is measured between them) and a `State` (what is remembered): those of pretraining are
+here, those of fine-tuning in `fitting/encoder_plan.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from genescale.platform.errors import IntegrityError
 from genescale.training.batches import (
     BatchPlan,
     CellSource,
+    StepBatch,
     evaluation_batches,
     prefetch,
     step_batches,
@@ -32,9 +35,85 @@ from genescale.training.meter import Row as Row
 from genescale.training.recipe import PretrainConfig
 
 
+class State(Protocol):
+    """How far a run is: what a checkpoint remembers beside weights and optimiser."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps done."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+
+    @property
+    def best(self) -> float | None:
+        """Changes when what was just measured is the best of the run; such a state is worth a checkpoint."""
+
+    def after(self, step: int) -> Any:
+        """The state after one more step."""
+
+    def noted(self, rows: list[Row]) -> Any:
+        """The state when these rows were handed over."""
+
+    def ended(self) -> Any:
+        """The state of a run with nothing left to do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+
+
+AnyState = TypeVar("AnyState", bound=State)
+
+
+class Plan(Protocol):
+    """What is trained on, and what is measured between the steps."""
+
+    @property
+    def training(self) -> BatchPlan:
+        """The cells that are trained on."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+
+    @property
+    def ends(self) -> Container[int]:
+        """Steps after which a measurement is due beside those of the rhythm."""
+
+    @property
+    def accuracy(self) -> str:
+        """Name of the share that the steps got right; empty where nothing is right or wrong."""
+
+    def batches(self, source: CellSource, *, rank: int, workers: int, first: int) -> Iterator[StepBatch]:
+        """The optimiser steps from `first` + 1 on as one worker sees them."""
+
+    def begin(self, engine: Engine, source: CellSource, state: Any) -> tuple[Any, list[Row]]:
+        """The state before the first step, and what was measured for it. Every worker calls it."""
+
+    def measure(self, engine: Engine, source: CellSource, state: Any) -> tuple[Any, list[Row]]:
+        """The state with a measurement, and its rows. Every worker calls it."""
+
+    def gives_up(self, state: Any) -> bool:
+        """Whether more steps would not help."""
+
+
+class Rhythm(Protocol):
+    """How often something is due, in steps; 0 is never."""
+
+    @property
+    def log_every(self) -> int: ...  # noqa: D102
+
+    @property
+    def evaluate_every(self) -> int: ...  # noqa: D102
+
+    @property
+    def checkpoint_every(self) -> int: ...  # noqa: D102
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunPlan:
-    """What a config means for one source of cells."""
+    """What a config of pretraining means for one source of cells."""
 
     training: BatchPlan
     held_out: BatchPlan | None
@@ -44,6 +123,8 @@ class RunPlan:
     """Always the published shares, so that held-out losses of different recipes can be compared."""
     total_steps: int
     split: HeldOutSplit
+    ends: Container[int] = ()
+    accuracy: str = "masked_accuracy"
 
     @classmethod
     def of(cls, config: PretrainConfig, source: CellSource) -> RunPlan:
@@ -75,6 +156,28 @@ class RunPlan:
             total_steps=config.steps or training.n_steps(config.epochs),
         )
 
+    def batches(self, source: CellSource, *, rank: int, workers: int, first: int) -> Iterator[StepBatch]:
+        """The optimiser steps from `first` + 1 on as one worker sees them."""
+        place = {"rank": rank, "workers": workers}
+        return step_batches(source, self.training, self.masking, **place, first=first, last=self.total_steps)
+
+    def begin(self, engine: Engine, source: CellSource, state: TrainState) -> tuple[TrainState, list[Row]]:
+        """Quality of the untrained model."""
+        if state.before is not None:
+            return state, []
+        before = evaluate(engine, source, self)
+        state = dataclasses.replace(state, before=before, best_loss=before.loss if before else None)
+        return state, _held_out_rows(state.steps, before)
+
+    def measure(self, engine: Engine, source: CellSource, state: TrainState) -> tuple[TrainState, list[Row]]:
+        """Quality on the held-out cells."""
+        state = state.measured(evaluate(engine, source, self))
+        return state, _held_out_rows(state.steps, state.held_out)
+
+    def gives_up(self, state: TrainState) -> bool:
+        """Pretraining takes all its steps."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """Cells on each side and how they were told apart, for tracking and the model card."""
         return {
@@ -95,7 +198,7 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """How far a run is: what a checkpoint remembers beside weights and optimiser."""
+    """How far a pretraining run is."""
 
     steps: int = 0
     before: HeldOut | None = None
@@ -125,12 +228,30 @@ class TrainState:
         losses = [loss for loss in (self.best_loss, held_out.loss if held_out else None) if loss is not None]
         return dataclasses.replace(self, held_out=held_out, best_loss=min(losses, default=None))
 
+    @property
+    def best(self) -> float | None:
+        """Lowest held-out loss of the run so far."""
+        return self.best_loss
+
+    def after(self, step: int) -> TrainState:
+        """The state after one more step, where nothing was measured yet."""
+        return dataclasses.replace(self, steps=step, held_out=None)
+
+    def noted(self, rows: list[Row]) -> TrainState:
+        """Pretraining remembers no rows."""
+        return self
+
+    def ended(self) -> TrainState:
+        """The state of a finished run."""
+        return dataclasses.replace(self, finished=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopResult:
     """What a loop did."""
 
-    state: TrainState
+    state: Any
+    """Of the type it was started with."""
     tokens: int
     """Trained on by all workers, in this call."""
     seconds: float
@@ -149,12 +270,12 @@ class LoopResult:
 def train_loop(
     engine: Engine,
     source: CellSource,
-    plan: RunPlan,
-    config: PretrainConfig,
+    plan: Plan,
+    rhythm: Rhythm,
     *,
-    start: TrainState = TrainState(),
+    start: AnyState = TrainState(),  # type: ignore[assignment]
     on_rows: Callable[[list[Row]], None] = lambda rows: None,
-    on_checkpoint: Callable[[TrainState], None] = lambda state: None,
+    on_checkpoint: Callable[[AnyState], None] = lambda state: None,
     should_stop: Callable[[], bool] = lambda: False,
     utilisation: Utilisation | None = None,
 ) -> LoopResult:
@@ -163,49 +284,41 @@ def train_loop(
     Every worker calls it, and it calls back on every worker. Raises TrainingError, with the step and its cells, when
     the loss is no number.
     """
-    state = start
-    if state.before is None:
-        before = evaluate(engine, source, plan)
-        state = dataclasses.replace(state, before=before, best_loss=before.loss if before else None)
-        on_rows(_held_out_rows(state.steps, state.before))
-    meter = Meter(engine, source, plan.training, utilisation)
-    batches = prefetch(
-        step_batches(
-            source,
-            plan.training,
-            plan.masking,
-            rank=engine.rank,
-            workers=engine.workers,
-            first=state.steps,
-            last=plan.total_steps,
-        )
-    )
-    stopped = False
+    state, rows = plan.begin(engine, source, start)
+    on_rows(rows)
+    meter = Meter(engine, source, plan.training, utilisation, accuracy=plan.accuracy)
+    batches = prefetch(plan.batches(source, rank=engine.rank, workers=engine.workers, first=state.steps))
+    stopped = state.finished
     with contextlib.closing(batches):
-        for batch in meter.waiting(batches):
+        for batch in meter.waiting(batches if not stopped else iter(())):
             meter.add(batch, engine.step(batch))
-            state = dataclasses.replace(state, steps=batch.step, held_out=None)
+            state = state.after(batch.step)
             last = batch.step == plan.total_steps
-            due = _Due.at(batch.step, config)
+            due = _Due.at(batch.step, rhythm, plan.ends)
             # Rows before a checkpoint: steps behind it are not done again, so what they measured must be out.
             if last or due.anything:
-                on_rows(meter.rows())
+                rows = meter.rows()
+                on_rows(rows)
+                state = state.noted(rows)
                 stopped = not last and bool(engine.total(torch.tensor([float(should_stop())]))[0])
             if last:
                 break
-            best_before = state.best_loss
+            best_before = state.best
             if due.evaluation:
                 with meter.paused():
-                    state = state.measured(evaluate(engine, source, plan))
-                    on_rows(_held_out_rows(batch.step, state.held_out))
-            if due.checkpoint or stopped or state.best_loss != best_before:
+                    state, rows = plan.measure(engine, source, state)
+                    on_rows(rows)
+                if plan.gives_up(state):
+                    state, stopped = state.ended(), True
+            if due.checkpoint or stopped or state.best != best_before:
                 with meter.paused():
                     on_checkpoint(state)
             if stopped:
                 break
-    if not stopped and not state.finished:
-        state = dataclasses.replace(state.measured(evaluate(engine, source, plan)), finished=True)
-        on_rows(_held_out_rows(state.steps, state.held_out))
+    if not stopped:
+        state, rows = plan.measure(engine, source, state)
+        on_rows(rows)
+        state = state.ended()
         on_checkpoint(state)
     return LoopResult(
         state=state, tokens=meter.all_tokens, seconds=meter.all_seconds, waited_s=meter.all_waited, mfu=meter.mfu
@@ -221,11 +334,14 @@ class _Due:
     checkpoint: bool
 
     @classmethod
-    def at(cls, step: int, config: PretrainConfig) -> _Due:
+    def at(cls, step: int, rhythm: Rhythm, ends: Container[int]) -> _Due:
+        def due(every: int) -> bool:
+            return bool(every) and step % every == 0
+
         return cls(
-            rows=step % config.log_every == 0,
-            evaluation=bool(config.evaluate_every) and step % config.evaluate_every == 0,
-            checkpoint=step % config.checkpoint_every == 0,
+            rows=due(rhythm.log_every),
+            evaluation=due(rhythm.evaluate_every) or step in ends,
+            checkpoint=due(rhythm.checkpoint_every),
         )
 
     @property

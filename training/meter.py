@@ -33,6 +33,8 @@ class Meter:
     plan: BatchPlan
     utilisation: Utilisation | None = None
     """What is needed to say how much of the devices is used; None leaves it out."""
+    accuracy: str = "masked_accuracy"
+    """Name of the share that was right; empty where nothing is right or wrong."""
     all_tokens: int = 0
     all_seconds: float = 0.0
     all_waited: float = 0.0
@@ -134,10 +136,10 @@ class Meter:
         return [int(cell) for lane in lanes for cell in self.plan.epoch(epoch).micro_batch(place, lane)]
 
     def _step_values(self, step: int, epoch: int, total: np.ndarray) -> dict[str, float]:
-        nll, correct, masked = (float(value) for value in total)
-        return {
-            "loss": nll / masked,
-            "masked_accuracy": correct / masked,
+        loss, correct, weight = (float(value) for value in total)
+        values = {
+            "loss": loss / weight,
             "learning_rate": self.engine.learning_rate(step),
             "epoch": float(epoch),
         }
+        return values | ({self.accuracy: correct / weight} if self.accuracy else {})

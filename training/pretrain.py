@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.address import parse
 from genescale.platform.bundle import Bundle, open_bundle
-from genescale.platform.errors import ClusterError, GenescaleError, TrackingError
+from genescale.platform.errors import TrackingError
 from genescale.platform.journal import Journal, Unsent
 from genescale.platform.log import get_logger
 from genescale.platform.patience import PATIENT, Patience, patiently
@@ -30,16 +30,16 @@ from genescale.platform.settings import Settings
 from genescale.platform.storage import Store, is_remote, join
 from genescale.training.batches import check_workers
 from genescale.training.cells import CorpusCells
+from genescale.training.compiling import check_compiling
 from genescale.training.feed import following
+from genescale.training.launch import check_room, gpus_for, launch
 from genescale.training.lineage import code_version, environment
 from genescale.training.loop import HeldOut, Row, RunPlan, curve
 from genescale.training.model_card import pretraining_card
 from genescale.training.recipe import PretrainConfig
-from genescale.training.run_files import BUNDLE, CARD, FINISHED_FILE, RAY, Identity, RunFolder
-from genescale.training.worker import Job, work
+from genescale.training.run_files import BUNDLE, CARD, FINISHED_FILE, Identity, RunFolder
+from genescale.training.worker import PretrainJob
 
-# A rank whose peer died waits this long in a collective; a slow read or a long evaluation must take less.
-COLLECTIVE_TIMEOUT_S = 300
 Result = TypeVar("Result")
 log = get_logger(__name__)
 
@@ -104,19 +104,21 @@ def pretrain(
     cells = CorpusCells(corpus, patience=patience)
     plan = RunPlan.of(config, cells)
     folder = RunFolder(store, join(parse(storage_uri).uri, run_name or default_name(config, corpus)), patience=patience)
-    _check_room(settings, workers, cpus_per_worker)
+    check_room(settings.cluster, workers, cpus_per_worker)
+    _check_devices(config, on_cuda=gpus_for(workers))
     folder.claim(Identity.of(config, corpus))
     before, code = folder.launch(), code_version()
     tags = {"stage": "pretrain", "workers": workers, **{f"environment.{k}": v for k, v in environment().items()}}
     params = {**_parameters(config, corpus), **plan.to_dict()}
     with tracker.run(folder.name, params=params, tags={**tags, **code}, resume=str(before.get("run_id", ""))) as run:
         folder.launched({"run_id": run.id, "workers": workers})
-        job = Job(
+        job = PretrainJob(
             config=config,
             corpus=corpus,
             store=store,
             workers=workers,
             home=folder.uri,
+            keep=config.keep,
             lineage={**code, **_lineage(config, corpus), "run_id": run.id},
             deadline=time.time() + 3600 * max_hours if max_hours else None,
             patience=patience,
@@ -146,11 +148,17 @@ def default_name(config: PretrainConfig, corpus: Corpus) -> str:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def _train(job: Job, rows: _Rows, cpus_per_worker: int) -> dict[str, Any]:
+def _train(job: PretrainJob, rows: _Rows, cpus_per_worker: int) -> dict[str, Any]:
     """Run the workers to the end, or to the deadline; what the first of them measured, as plain values."""
     try:
         with following(rows.take, rows.remark) as board:
-            outcome = _fit(job, board, cpus_per_worker)
+            outcome = launch(
+                job,
+                board,
+                cpus_per_worker=cpus_per_worker,
+                max_failures=job.config.max_failures,
+                again=f"`genescale pretrain --resume {job.home}` goes on from the last checkpoint.",
+            )
     except BaseException:
         rows.close(Patience(total_s=min(10.0, job.patience.total_s)))
         raise
@@ -159,52 +167,6 @@ def _train(job: Job, rows: _Rows, cpus_per_worker: int) -> dict[str, Any]:
         raise outcome["failed"]
     measured = {name: outcome[name] for name in ("held_out_before", "held_out_after")}
     return {**outcome, **{name: value and dataclasses.asdict(value) for name, value in measured.items()}}
-
-
-def _fit(job: Job, board: Any, cpus_per_worker: int) -> dict[str, Any]:
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    filesystem, path = job.store.arrow_filesystem(job.home)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= job.workers
-    trainer = TorchTrainer(
-        work,
-        train_loop_config={"job": job, "board": board},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=ScalingConfig(
-            num_workers=job.workers, use_gpu=use_gpu, resources_per_worker=_resources(cpus_per_worker, use_gpu)
-        ),
-        run_config=RunConfig(
-            name=RAY,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            # Bounded on both sides: Ray's default is to start a failing controller again without end.
-            failure_config=FailureConfig(
-                max_failures=job.config.max_failures, controller_failure_limit=job.config.max_failures
-            ),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    try:
-        return dict(trainer.fit().return_value)
-    except TrainingFailedError as error:
-        raise _cause(error, job.home) from error
-
-
-def _cause(error: Any, home: str) -> GenescaleError:
-    """The error a worker raised on purpose, else ClusterError with what Ray says."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        for known in (failure, getattr(failure, "cause", None), getattr(failure, "_base_exc", None)):
-            if isinstance(known, GenescaleError):
-                return known
-    return ClusterError(
-        f"training failed: {error}",
-        where=home,
-        fix=f"Once the cause is gone, `genescale pretrain --resume {home}` goes on from the last checkpoint.",
-    )
 
 
 # --- tracking --------------------------------------------------------------------------------------------------------
@@ -260,7 +222,7 @@ def _journal_path(settings: Settings, run: Run) -> Path:
     return Path(folder).absolute() / f"{run.id}.jsonl"
 
 
-def _register(job: Job, run: Run, tracker: Tracker, card: str) -> tuple[ModelVersion, str]:
+def _register(job: PretrainJob, run: Run, tracker: Tracker, card: str) -> tuple[ModelVersion, str]:
     """Log the bundle and its card as artefacts of the run, and add the bundle to the registered model."""
     bundle_uri = join(job.home, BUNDLE)
     with tempfile.TemporaryDirectory(prefix="genescale-") as temporary:
@@ -322,21 +284,11 @@ def _result(
 # --- what a run is ---------------------------------------------------------------------------------------------------
 
 
-def _check_room(settings: Settings, workers: int, cpus_per_worker: int) -> None:
-    import ray
-
-    cpus = ray.cluster_resources().get("CPU", 0)
-    # A cluster may grow; a local Ray will not, and Ray Train would wait for it until its own timeout.
-    if not settings.cluster.address and workers * cpus_per_worker > cpus:
-        raise ClusterError(
-            f"{workers} workers with {cpus_per_worker} processors each do not fit on {cpus:g}.",
-            where="local Ray",
-            fix="Use fewer workers, or raise cluster.num_cpus.",
-        )
-
-
-def _resources(cpus_per_worker: int, use_gpu: bool) -> dict[str, float]:
-    return {"CPU": cpus_per_worker, "GPU": 1} if use_gpu else {"CPU": cpus_per_worker}
+def _check_devices(config: PretrainConfig, *, on_cuda: bool) -> None:
+    """SettingsError when the recipe asks for what the workers' devices cannot do."""
+    config.optimizer.check_device(on_cuda=on_cuda)
+    if config.compile:
+        check_compiling(on_cuda=on_cuda, zero_stage=config.optimizer.zero_stage)
 
 
 def _parameters(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The folder of one pretraining run: what it is, how it was last started, and what came of it.
+"""The folder of one run of training: what it is, how it was last started, and what came of it.
 
 run.json          what this run computes: recipe, corpus version, vocabulary; written once, never changed
 launch.json       how it was last started: MLflow run, number of workers
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.address import parse
@@ -27,12 +27,20 @@ from genescale.training.recipe import PretrainConfig, flatten
 RUN_FILE, LAUNCH_FILE, FINISHED_FILE = "run.json", "launch.json", "finished.json"
 CHECKPOINTS, BUNDLE, CARD, RAY = "checkpoints", "bundle", "model_card.md", "ray"
 # What may differ when a run is gone on with: it changes where and how often, never the loss curve.
-FREE = {"optimizer.zero_stage", "checkpoint_every", "keep", "log_every", "alias", "max_failures"}
+FREE = {"optimizer.zero_stage", "optimizer.offload", "checkpoint_every", "keep", "log_every", "alias", "max_failures"}
+FREE |= {"workers", "device", "zero_stage"}
+
+
+class Claim(Protocol):
+    """What a run computes, whatever it trains."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; settings stand under `recipe`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a run computes."""
+    """What a pretraining run computes."""
 
     recipe: PretrainConfig
     corpus_uri: str
@@ -92,7 +100,7 @@ class RunFolder:
         """Address of something in the folder."""
         return join(self.uri, name)
 
-    def claim(self, identity: Identity) -> None:
+    def claim(self, identity: Claim) -> None:
         """Take the folder for this run, or make sure that it is its; SettingsError when it is another's."""
         data = json.dumps(identity.to_dict(), indent=1, sort_keys=True).encode()
         try:
@@ -100,7 +108,7 @@ class RunFolder:
             return
         except AlreadyExistsError:
             stored = self._json(RUN_FILE)
-        wanted, known = identity.fixed(), _fixed(stored)
+        wanted, known = _fixed(identity.to_dict()), _fixed(stored)
         different = sorted(key for key in wanted.keys() | known.keys() if wanted.get(key) != known.get(key))
         if different:
             changes = ", ".join(f"{key} {known.get(key)!r} -> {wanted.get(key)!r}" for key in different[:5])

@@ -1,7 +1,8 @@
-"""What every Ray Train worker of a pretraining run does.
+"""What every Ray Train worker of a run does, and what a run without Ray does in its own process.
 
-It opens the pinned corpus, builds the engine, goes on from the newest whole checkpoint if there is one, and runs
-`train_loop`; the first worker commits the checkpoints and writes the bundle.
+`run_job` builds the training, goes on from the newest whole checkpoint if there is one, and runs `train_loop`; the
+first worker commits the checkpoints and stores what came of it. A `Job` says which training: `PretrainJob` opens the
+pinned corpus and writes a bundle, that of fine-tuning is in `fitting/encoder_worker.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,12 +24,13 @@ from genescale.platform.bundle import write_bundle
 from genescale.platform.errors import IntegrityError, StorageError, TrainingError
 from genescale.platform.patience import PATIENT, Patience, patiently
 from genescale.platform.storage import Store, join
+from genescale.training.batches import CellSource
 from genescale.training.cells import CorpusCells
 from genescale.training.checkpoint_writer import CheckpointWriter
 from genescale.training.checkpoints import Checkpoints
-from genescale.training.engine import DeepSpeedEngine
+from genescale.training.engine import DeepSpeedEngine, Engine
 from genescale.training.flops import Utilisation, peak_flops_per_s
-from genescale.training.loop import RunPlan, TrainState, train_loop
+from genescale.training.loop import LoopResult, Plan, Rhythm, RunPlan, TrainState, train_loop
 from genescale.training.meter import Row
 from genescale.training.model import new_model
 from genescale.training.recipe import PretrainConfig
@@ -37,87 +39,128 @@ from genescale.training.run_files import BUNDLE, CHECKPOINTS
 BUNDLE_KIND = "masked_gene_model"
 
 
+class Training(Protocol):
+    """What a job has built on its worker."""
+
+    @property
+    def engine(self) -> Engine:
+        """Model, optimiser and workers."""
+
+    @property
+    def source(self) -> CellSource:
+        """Where cells come from."""
+
+    @property
+    def plan(self) -> Plan:
+        """What is trained on."""
+
+    @property
+    def rhythm(self) -> Rhythm:
+        """How often something is due."""
+
+    @property
+    def utilisation(self) -> Utilisation | None:
+        """What is needed to say how much of the devices is used; None leaves it out."""
+
+    def state(self, values: Mapping[str, Any] | None) -> Any:
+        """The state in a checkpoint; a fresh one for None."""
+
+    def finish(self, state: Any, checkpoints: Checkpoints) -> None:
+        """Store what came of a finished training. Every worker calls it."""
+
+    def outcome(self, result: LoopResult) -> dict[str, Any]:
+        """What the driver is told, as plain values."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What a worker needs; travels through Ray."""
 
-    config: PretrainConfig
-    corpus: Corpus
     store: Store
     workers: int
     home: str
     """Address of the run's folder."""
-    lineage: Mapping[str, Any]
+    keep: int
+    """Newest checkpoints that stay; the best one stays as well."""
     deadline: float | None = None
     """Unix time at which the run writes a checkpoint and stops; None means never."""
     patience: Patience = PATIENT
 
+    def training(self) -> Training:
+        """Build what is trained, on this worker."""
+        raise NotImplementedError
+
+
+class Reporter(Protocol):
+    """Where a worker puts what the driver should know."""
+
+    def rows(self, rows: list[Row]) -> None:
+        """Hand rows over."""
+
+    def remark(self, text: str) -> None:
+        """Hand a sentence over."""
+
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Train; the first worker's answer is the outcome of the run.
+    """Train on a Ray Train worker; the first worker's answer is the outcome of the run."""
+    job: Job = arguments["job"]
+    return run_job(job, lambda rank: _BoardReporter(arguments["board"], rank))
+
+
+def run_job(job: Job, reporter_of: Callable[[int], Reporter]) -> dict[str, Any]:
+    """Train, from the newest whole checkpoint on; what the training says of itself.
 
     `failed` in it holds the error of a run that another start would not mend: no checkpoint is whole, or the loss is no
     number. Other errors are raised, and Ray Train starts the workers again.
     """
-    job: Job = arguments["job"]
-    source = CorpusCells(job.corpus, patience=job.patience)
-    plan = RunPlan.of(job.config, source)
-    encoder = job.config.encoder.for_vocabulary(source.vocabulary)
-    engine = DeepSpeedEngine(
-        new_model(encoder, seed=job.config.seed, attention=job.config.attention),
-        job.config.optimizer,
-        total_steps=plan.total_steps,
-        lanes=job.config.lanes,
-    )
-    reporter = _Reporter(arguments["board"], engine.rank)
+    training = job.training()
+    engine, reporter = training.engine, reporter_of(training.engine.rank)
+    checkpoints = Checkpoints(job.store, join(job.home, CHECKPOINTS), patience=job.patience)
     try:
-        start, restored = _restore(job, engine, reporter)
+        start, restored = _restore(checkpoints, training, reporter)
     except IntegrityError as error:
         return {"failed": error}
     # Says how far an earlier attempt came, so that progress is counted from there.
     reporter.rows([(start.steps, {})])
     writer = CheckpointWriter(
         job.store,
-        join(job.home, CHECKPOINTS),
+        checkpoints.uri,
         rank=engine.rank,
         workers=engine.workers,
-        attempt=_from_first_worker(engine.rank, lambda: secrets.token_hex(4)),
-        keep=job.config.keep,
+        attempt=from_first_worker(engine.rank, lambda: secrets.token_hex(4)),
+        keep=job.keep,
         patience=job.patience,
     )
     try:
         result = train_loop(
             engine,
-            source,
-            plan,
-            job.config,
+            training.source,
+            training.plan,
+            training.rhythm,
             start=start,
             on_rows=reporter.rows,
             on_checkpoint=lambda state: writer.write(f"step_{state.steps:08d}", state.to_dict(), engine.snapshot()),
             should_stop=lambda: job.deadline is not None and time.time() >= job.deadline,
-            utilisation=Utilisation(encoder=encoder, peak_flops_per_s=_peak_of_all(engine, job.config)),
+            utilisation=training.utilisation,
         )
         writer.wait()
     except TrainingError as error:
         # Every worker meets it at the same step; starting them again would only repeat it.
         return {"failed": _with_last_checkpoint(error, writer, restored)}
     if result.state.finished:
-        weights = engine.weights()
-        if engine.rank == 0:
-            _write_bundle(job, encoder.to_hf(), weights, result.state)
+        training.finish(result.state, checkpoints)
     return {
         "steps": result.state.steps,
         "finished": result.state.finished,
-        "held_out_before": result.state.before,
-        "held_out_after": result.state.held_out,
         "tokens_per_s": result.tokens_per_s,
         "data_wait_share": result.waited_s / result.seconds if result.seconds else 0.0,
         "mfu": result.mfu,
         "resumed_from": start.steps,
+        **training.outcome(result),
     }
 
 
-class _Reporter:
+class _BoardReporter:
     """The first worker's way to the driver; the others keep silent."""
 
     def __init__(self, board: Any, rank: int) -> None:
@@ -138,24 +181,23 @@ class _Reporter:
             ray.get(self._board.say.remote(text))
 
 
-def _restore(job: Job, engine: DeepSpeedEngine, reporter: _Reporter) -> tuple[TrainState, str]:
+def _restore(checkpoints: Checkpoints, training: Training, reporter: Reporter) -> tuple[Any, str]:
     """The state of the newest whole checkpoint, put into the engine, and its name; a fresh state when there is none."""
-    checkpoints = Checkpoints(job.store, join(job.home, CHECKPOINTS), patience=job.patience)
     with tempfile.TemporaryDirectory(prefix="genescale-restore-") as scratch:
         # The first worker chooses, so that all take the same one; each checks the bytes that it reads.
-        newest = _from_first_worker(engine.rank, lambda: _newest(checkpoints, Path(scratch)))
+        newest = from_first_worker(training.engine.rank, lambda: _newest(checkpoints, Path(scratch)))
         if isinstance(newest, IntegrityError):
             raise newest
         if newest is None:
-            return TrainState(), ""
+            return training.state(None), ""
         name, rejected = newest
         for reason in rejected:
             reporter.remark(f"A damaged checkpoint was passed over: {reason}")
         if rejected:
             reporter.remark(f"The run goes on from {name}.")
         restored = checkpoints.fetch(name, Path(scratch))
-        engine.restore(restored.saved)
-        return TrainState.from_dict(restored.state), name
+        training.engine.restore(restored.saved)
+        return training.state(restored.state), name
 
 
 def _newest(checkpoints: Checkpoints, scratch: Path) -> tuple[str, tuple[str, ...]] | IntegrityError | None:
@@ -167,15 +209,13 @@ def _newest(checkpoints: Checkpoints, scratch: Path) -> tuple[str, tuple[str, ..
     return (found.name, found.rejected) if found else None
 
 
-def _from_first_worker(rank: int, answer: Callable[[], Any]) -> Any:
+def from_first_worker(rank: int, answer: Callable[[], Any]) -> Any:
     """What the first worker answers, on every worker."""
+    if not torch.distributed.is_initialized():
+        return answer()
     box = [answer() if rank == 0 else None]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _peak_of_all(engine: DeepSpeedEngine, config: PretrainConfig) -> float:
-    return float(engine.total(torch.tensor([peak_flops_per_s(engine.device, config.optimizer.precision)]))[0])
 
 
 def _with_last_checkpoint(error: TrainingError, writer: CheckpointWriter, restored: str) -> TrainingError:
@@ -187,7 +227,57 @@ def _with_last_checkpoint(error: TrainingError, writer: CheckpointWriter, restor
     return TrainingError(f"{error.what} {good}", where=error.where, fix=f"{error.fix} Nothing was registered.")
 
 
-def _write_bundle(job: Job, config: dict[str, Any], weights: Mapping[str, Any], state: TrainState) -> None:
+# --- pretraining -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainJob(Job):
+    """Pretraining a recipe on a pinned corpus."""
+
+    config: PretrainConfig
+    corpus: Corpus
+    lineage: Mapping[str, Any]
+
+    def training(self) -> Pretraining:
+        """Open the corpus and build the model."""
+        return Pretraining(self)
+
+
+class Pretraining:
+    """The masked-gene model, its cells and its plan on one worker."""
+
+    def __init__(self, job: PretrainJob) -> None:
+        self.job, self.rhythm = job, job.config
+        self.source = CorpusCells(job.corpus, patience=job.patience)
+        self.plan = RunPlan.of(job.config, self.source)
+        self.encoder = job.config.encoder.for_vocabulary(self.source.vocabulary)
+        self.engine = DeepSpeedEngine(
+            new_model(self.encoder, seed=job.config.seed, attention=job.config.attention),
+            job.config.optimizer,
+            total_steps=self.plan.total_steps,
+            lanes=job.config.lanes,
+            compiled=job.config.compile,
+        )
+        peak = torch.tensor([peak_flops_per_s(self.engine.device, job.config.optimizer.precision)])
+        peak_of_all = float(self.engine.total(peak)[0])
+        self.utilisation = Utilisation(encoder=self.encoder, peak_flops_per_s=peak_of_all)
+
+    def state(self, values: Mapping[str, Any] | None) -> TrainState:
+        """The state in a checkpoint; a fresh one for None."""
+        return TrainState() if values is None else TrainState.from_dict(values)
+
+    def finish(self, state: TrainState, checkpoints: Checkpoints) -> None:
+        """Store the bundle."""
+        weights = self.engine.weights()
+        if self.engine.rank == 0:
+            _write_bundle(self.job, self.encoder.to_hf(), weights, state)
+
+    def outcome(self, result: LoopResult) -> dict[str, Any]:
+        """Held-out quality before and after."""
+        return {"held_out_before": result.state.before, "held_out_after": result.state.held_out}
+
+
+def _write_bundle(job: PretrainJob, config: dict[str, Any], weights: Mapping[str, Any], state: TrainState) -> None:
     measured = {"steps": state.steps, "held_out": dataclasses.asdict(state.held_out) if state.held_out else None}
     uri = join(job.home, BUNDLE)
     with tempfile.TemporaryDirectory(prefix="genescale-") as temporary:

@@ -20,9 +20,14 @@ from genescale.training.shards import MOMENTS, WEIGHT, SavedState, Snapshot, eve
 Parameters = list[tuple[str, nn.Parameter]]
 
 
+def trained(model: nn.Module) -> Parameters:
+    """The parameters that are no frozen ones, by name: those that a state consists of."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def take(engine: Any, model: nn.Module, *, stage: int, rank: int, workers: int) -> Snapshot:
     """What this worker holds of weights and moments; no worker waits for another."""
-    parameters = list(model.named_parameters())
+    parameters = trained(model)
     shapes = {name: _shape(parameter) for name, parameter in parameters}
     snapshot = Snapshot(adam_steps=_adam_steps(_torch_optimizer(engine)), shapes=shapes)
     if stage == 0:
@@ -41,7 +46,7 @@ def put(
 
     gathered: DeepSpeed's `zero.GatheredParameters`, which opens stage 3's weights.
     """
-    parameters = list(model.named_parameters())
+    parameters = trained(model)
     saved.check_fits({name: _shape(parameter) for name, parameter in parameters})
     optimizer = _torch_optimizer(engine)
     if stage == 0:

@@ -19,9 +19,11 @@ from torch.nn.functional import cross_entropy
 
 from genescale.platform.errors import ClusterError, IntegrityError, SettingsError
 from genescale.training.batches import step_batches
+from genescale.training.compiling import compile_layers
 from genescale.training.engine import DeepSpeedEngine, OptimizerConfig, TorchEngine
 from genescale.training.masking import Masking
 from genescale.training.model import new_model
+from genescale.training.objective import MaskedGenes
 
 WORKER_FILE = Path(__file__).with_name("deepspeed_worker.py")
 SHARED = runpy.run_path(str(WORKER_FILE))
@@ -212,3 +214,66 @@ def test_deepspeed_without_a_process_group_says_what_to_do() -> None:
 def test_optimizers_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):
         OptimizerConfig(**changes)
+
+
+def test_compiled_layers_compute_the_same_and_are_compiled_once_for_all_lengths() -> None:
+    """With a back end that generates no code, on the CPU: what is compiled is what the GPU compiles."""
+    graphs: list[Any] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    plain, compiled = (SHARED["model"](SHARED["source"]()).eval() for _ in range(2))
+    compile_layers(compiled, torch.device("cpu"), backend=counting)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    lanes = [lane for batch in iter_steps() for lane in batch.micro_batches if lane.n_masked]
+    assert len({lane.packed.lengths for lane in lanes}) > 10
+    with torch.no_grad():
+        for lane in lanes:
+            expected = plain(lane.packed, lane.masked_positions)
+            torch.testing.assert_close(compiled(lane.packed, lane.masked_positions), expected)
+    # Before and after the attention of a layer; a second time when lengths turn out to vary.
+    assert len(graphs) <= 6
+
+
+def test_layers_are_not_compiled_on_cpus() -> None:
+    with pytest.raises(SettingsError, match="CUDA"):
+        TorchEngine(SHARED["model"](SHARED["source"]()), OptimizerConfig(), total_steps=1, compiled=True)
+
+
+def test_offload_without_gpus_is_refused() -> None:
+    with pytest.raises(SettingsError, match="needs GPUs"):
+        OptimizerConfig(offload=True).check_device(on_cuda=False)
+    with pytest.raises(SettingsError, match="stage 0"):
+        OptimizerConfig(offload=True, zero_stage=0)
+    with pytest.raises(SettingsError, match="DeepSpeed"):
+        torch_engine(offload=True)
+
+
+def test_frozen_parameters_are_neither_trained_nor_in_a_snapshot(tmp_path: Path) -> None:
+    model = SHARED["model"](SHARED["source"]())
+    model.encoder.embeddings.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    engine = TorchEngine(model, SHARED["optimizer"](), total_steps=STEPS)
+    SHARED["train"](engine, folder=tmp_path)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if ".embeddings." not in name}
+    assert set(engine.snapshot().shapes) == changed
+
+
+def test_parameters_learn_at_their_share_of_the_rate() -> None:
+    class HalfTheEncoder(MaskedGenes):
+        def rate_scale(self, parameter: str) -> float:
+            return 0.5 if parameter.startswith("encoder.") else 1.0
+
+    batch, moved = next(iter_steps(last=1)), []
+    for objective in (MaskedGenes(), HalfTheEncoder()):
+        model = SHARED["model"](SHARED["source"]())
+        before = {name: value.clone() for name, value in model.named_parameters()}
+        config = SHARED["optimizer"](weight_decay=0.0, warmup_steps=0, schedule="constant")
+        TorchEngine(model, config, total_steps=STEPS, objective=objective).step(batch)
+        moved.append({name: (value - before[name]).detach() for name, value in model.named_parameters()})
+    for name, whole in moved[0].items():
+        share = 0.5 if name.startswith("encoder.") else 1.0
+        torch.testing.assert_close(moved[1][name], share * whole, rtol=1e-3, atol=1e-7)

@@ -420,6 +420,21 @@ def test_workers_that_do_not_divide_the_lanes_are_refused_before_anything_starts
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("changes", [{"compile": True}, {"optimizer": OptimizerConfig(offload=True)}])
+def test_what_needs_gpus_is_refused_on_processors_before_anything_starts(
+    ray_local: None,
+    tiny_corpus: Corpus,
+    settings_for: Callable[[Path], Settings],
+    tmp_path: Path,
+    changes: dict[str, Any],
+) -> None:
+    settings = settings_for(tmp_path)
+    where = {"settings": settings, "store": Store(settings.storage), "storage_uri": str(tmp_path)}
+    with pytest.raises(SettingsError, match=r"CUDA|needs GPUs"):
+        pretrain(dataclasses.replace(CONFIG, **changes), tiny_corpus, tracker=MemoryTracker(), workers=2, **where)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_more_workers_than_processors_are_refused(
     ray_local: None, tiny_corpus: Corpus, settings_for: Callable[[Path], Settings], tmp_path: Path
 ) -> None:
