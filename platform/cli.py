@@ -30,10 +30,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "show, compare, verify, shuffle, export or tidy a corpus",
     ),
     "pretrain": ("genescale.training.commands:pretrain", "pretrain an encoder on a corpus"),
-    "finetune": ("genescale.training.head_commands:finetune", "fit a cell-class head on a model"),
-    "tune": ("genescale.training.head_commands:tune", "sweep the settings of a head"),
+    "finetune": (
+        "genescale.training.finetune_command:finetune",
+        "fit heads on a model: classes or numbers",
+    ),
+    "tune": ("genescale.training.tune_command:tune", "sweep the settings of a fit"),
+    "predict": (
+        "genescale.training.predict_command:predict",
+        "answer other cells with a fitted model",
+    ),
+    "evaluate": ("genescale.training.evaluation_commands:evaluate", "measure what a pretrained model knows of cells"),
+    "curve": ("genescale.training.evaluation_commands:curve", "measure a task with more and more labelled cells"),
     "models": ("genescale.training.model_commands:models", "list, show, promote, import or export models"),
-    "embed": ("genescale.training.head_commands:embed", "embed a corpus with a model"),
+    "embed": ("genescale.training.embed_command:embed", "embed a corpus with a model"),
     "perturb": ("genescale.perturbation.commands:perturb", "screen gene deletions or overexpression over a corpus"),
     "serve": ("genescale.serving.commands:serve", "answer embeddings and perturbations over HTTP"),
 }

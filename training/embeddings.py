@@ -108,7 +108,41 @@ def annotate_h5ad(
     not belong together (their cell ids differ).
     """
     table, vectors_nd = read_embeddings(embeddings_uri, store)
-    dataset_id = _dataset_of(source_uri, table, dataset_id)
+    place = place_in_file(source_uri, table, store, dataset_id=dataset_id, what="embeddings")
+    matrix_nd = np.full((place.n_cells, vectors_nd.shape[1]), np.nan, dtype=np.float32)
+    matrix_nd[place.rows_n] = vectors_nd[place.chosen_n]
+    write_obsm(source_uri, Path(out), OBSM_KEY, matrix_nd, store)
+    return place.report(Path(out))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlaceInFile:
+    """Which rows of a table are cells of an atlas file, and which rows of the file they are."""
+
+    dataset_id: str
+    n_cells: int
+    """Cells of the file."""
+    chosen_n: np.ndarray
+    """int64 rows of the table."""
+    rows_n: np.ndarray
+    """int64 rows of the file."""
+
+    def report(self, out: Path) -> AnnotateReport:
+        """What was written to `out`."""
+        held = len(self.rows_n)
+        return AnnotateReport(
+            out=out, dataset_id=self.dataset_id, cells=self.n_cells, embedded=held, missing=self.n_cells - held
+        )
+
+
+def place_in_file(
+    source_uri: str, table: pa.Table, store: Store, *, dataset_id: str = "", what: str = "table"
+) -> PlaceInFile:
+    """Find the cells of an atlas file in a table with the columns of IDENTITY_COLUMNS, as `annotate_h5ad` says.
+
+    what: what the table holds, for messages. Raises InputError when file and table do not belong together.
+    """
+    dataset_id = _dataset_of(source_uri, table, dataset_id, what)
     chosen_n = np.flatnonzero(pc.equal(table.column("dataset_id"), dataset_id).to_numpy())
     rows_n = table.column("source_row").to_numpy()[chosen_n]
     cell_ids = table.column("cell_id").take(pa.array(chosen_n)).to_pylist()
@@ -121,14 +155,10 @@ def annotate_h5ad(
                 where=source_uri,
                 fix="Give the file this dataset was ingested from, or name another with --dataset-id.",
             )
-    matrix_nd = np.full((len(names), vectors_nd.shape[1]), np.nan, dtype=np.float32)
-    matrix_nd[rows_n] = vectors_nd[chosen_n]
-    write_obsm(source_uri, Path(out), OBSM_KEY, matrix_nd, store)
-    missing = len(names) - len(rows_n)
-    return AnnotateReport(out=Path(out), dataset_id=dataset_id, cells=len(names), embedded=len(rows_n), missing=missing)
+    return PlaceInFile(dataset_id=dataset_id, n_cells=len(names), chosen_n=chosen_n, rows_n=rows_n)
 
 
-def _dataset_of(source_uri: str, table: pa.Table, dataset_id: str) -> str:
+def _dataset_of(source_uri: str, table: pa.Table, dataset_id: str, what: str) -> str:
     known = sorted(pc.unique(table.column("dataset_id")).to_pylist()) if table.num_rows else []
     named = dataset_id or dataset_name(source_uri)
     if named in known:
@@ -136,6 +166,4 @@ def _dataset_of(source_uri: str, table: pa.Table, dataset_id: str) -> str:
     if not dataset_id and len(known) == 1:
         return str(known[0])
     hint = did_you_mean(named, known) or f"They are of: {', '.join(known[:10]) or 'no dataset'}."
-    raise InputError(
-        f"the embeddings hold no dataset '{named}'.", where=source_uri, fix=f"{hint} Name it: --dataset-id."
-    )
+    raise InputError(f"the {what} hold no dataset '{named}'.", where=source_uri, fix=f"{hint} Name it: --dataset-id.")

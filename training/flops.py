@@ -9,6 +9,12 @@ which is the projections of queries, keys, values and outputs and both matrices 
 mixing of values within each cell (in both directions), and the head at the masked positions alone. Backward is twice
 that (Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022, appendix B). Nothing that is computed again counts.
 
+Options of an encoder change it so: with heads of width a together instead of d, 8 d a and 4 a sum(l^2); a gated
+feed-forward has three matrices, 6 d f; o neighbours on each side of a rank are 2 o multiplications and additions per
+channel, 4 o d; turning queries and keys by their rank is 3 a for each of the two; interpolated ranks are 3 d once per
+token; taking seen genes from the logits is 2 v per masked position. The published formula leaves out what works on
+single numbers (norms, activations, softmax, biases), and so does this one, but what an option adds is counted.
+
     MFU = 3 x forward FLOPs of a stretch / (its seconds x peak FLOPs per second of all workers)
 
 The peak is what the maker states for dense products in the precision that is used, where the device is known, and
@@ -51,10 +57,17 @@ class Work:
 
 def training_flops(config: EncoderConfig, work: Work) -> float:
     """Model FLOPs of forward and backward; see the top of this file."""
-    width, inner = config.width, config.feed_forward
-    layer = work.tokens * (8 * width**2 + 4 * width * inner) + 4 * width * work.squares
-    head = work.masked * (2 * width**2 + 2 * width * config.vocabulary_size)
-    return 3.0 * (config.layers * layer + head)
+    width, attention = config.width, config.heads_width
+    matrices = 6 if config.activation == "geglu" else 4
+    per_token = 8 * width * attention + matrices * width * config.feed_forward + 4 * config.rank_neighbours * width
+    if config.rotary_base:
+        per_token += 2 * 3 * attention
+    layer = work.tokens * per_token + 4 * attention * work.squares
+    embedding = 3 * width * work.tokens if config.rank_knots else 0
+    per_masked = 2 * width**2 + 2 * width * config.vocabulary_size
+    if config.seen_genes:
+        per_masked += 2 * config.vocabulary_size
+    return 3.0 * (embedding + config.layers * layer + work.masked * per_masked)
 
 
 @dataclass(frozen=True, kw_only=True)

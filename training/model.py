@@ -1,8 +1,8 @@
-"""The encoder: the published Geneformer architecture in plain torch, over packed cells.
+"""The encoder in plain torch, over packed cells: the published Geneformer architecture, or one with other options.
 
-Post-norm BERT: learned rank positions, token type 0 added everywhere, ReLU, LayerNorm with epsilon 1e-12, weights of
+Published: post-norm BERT, learned rank positions, token type 0 added everywhere, ReLU, LayerNorm with epsilon 1e-12,
 the masked-gene decoder tied to the token embedding (Theodoris et al. 2023; layout of Hugging Face's `BertForMaskedLM`).
-What is unusual here:
+`EncoderOptions` names where an encoder may differ. What is unusual here:
 - a batch is one stream of tokens with segment offsets (`PackedBatch`): nothing is padded, no token sees another cell;
 - queries, keys and values are one matrix product;
 - `layers=` stops early, so that an embedding of the second to last layer does not pay for the last;
@@ -14,112 +14,23 @@ Axes: t tokens of the whole batch, d width, h heads, k width of one head, m mask
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from genescale.platform.errors import LimitError, SettingsError
+from genescale.platform.errors import LimitError
 from genescale.training.attention import Backend, Segments, attend, attention_weights, check_backend, drop_values
+from genescale.training.encoder_config import EncoderConfig as EncoderConfig
+from genescale.training.ranks import RankKnots, RankNeighbours, Ranks, turned
 
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """Shape of an encoder. Defaults are those of the published 10M model where one exists."""
-
-    vocabulary_size: int
-    """Rows of the token embedding: genes and special tokens."""
-    width: int
-    layers: int
-    heads: int
-    feed_forward: int
-    positions: int
-    """Longest cell in tokens, special tokens included."""
-    hidden_dropout: float = 0.02
-    attention_dropout: float = 0.02
-    initializer_range: float = 0.02
-    """Standard deviation of the initial weights."""
-    layer_norm_eps: float = 1e-12
-    type_vocabulary_size: int = 2
-    """Rows of the token type embedding; only row 0 is ever used."""
-    pad_token: int = 0
-
-    def __post_init__(self) -> None:
-        for name in (
-            "vocabulary_size",
-            "width",
-            "layers",
-            "heads",
-            "feed_forward",
-            "positions",
-            "type_vocabulary_size",
-        ):
-            if getattr(self, name) < 1:
-                raise SettingsError(
-                    f"encoder.{name} is {getattr(self, name)}.", fix="Use a whole number of at least 1."
-                )
-        if self.width % self.heads:
-            raise SettingsError(
-                f"encoder.width {self.width} is not a multiple of encoder.heads {self.heads}.",
-                fix="The published models use heads of width 64.",
-            )
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise SettingsError(f"encoder.{name} is {getattr(self, name)}.", fix="Use a probability below 1.")
-        if not 0 <= self.pad_token < self.vocabulary_size:
-            raise SettingsError(f"encoder.pad_token {self.pad_token} is not a token.", fix="Use 0.")
-
-    def to_hf(self) -> dict[str, Any]:
-        """The content of a `config.json` that Hugging Face's `BertForMaskedLM` reads."""
-        fixed = {key: values[0] for key, values in _HF_FIXED.items()}
-        named = {hf_name: getattr(self, name) for name, hf_name in _HF_NAMES.items()}
-        return {"architectures": ["BertForMaskedLM"], **fixed, **named}
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> EncoderConfig:
-        """The shape in a Hugging Face `config.json`; SettingsError for an architecture that is not this one."""
-        for key, accepted in _HF_FIXED.items():
-            if config.get(key, accepted[0]) not in accepted:
-                raise SettingsError(
-                    f"{key} is {config[key]!r}; this encoder knows {accepted[0]!r} only.",
-                    where="config.json",
-                    fix="Give a checkpoint of the Geneformer architecture (BertForMaskedLM with ReLU).",
-                )
-        missing = [hf_name for hf_name in _HF_NAMES.values() if hf_name not in config and hf_name in _HF_REQUIRED]
-        if missing:
-            raise SettingsError(f"missing {', '.join(missing)}.", where="config.json")
-        return cls(**{name: config[hf_name] for name, hf_name in _HF_NAMES.items() if hf_name in config})
-
-
-_HF_NAMES = {
-    "vocabulary_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "feed_forward": "intermediate_size",
-    "positions": "max_position_embeddings",
-    "hidden_dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "initializer_range": "initializer_range",
-    "layer_norm_eps": "layer_norm_eps",
-    "type_vocabulary_size": "type_vocab_size",
-    "pad_token": "pad_token_id",
-}
-_SIZES = ("vocabulary_size", "width", "layers", "heads", "feed_forward", "positions")
-_HF_REQUIRED = {_HF_NAMES[name] for name in _SIZES}
-# What the architecture leaves no choice in: the first value is written, the others are also read.
-_HF_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("bert",),
-    "hidden_act": ("relu",),
-    "position_embedding_type": ("absolute", None),
-    "tie_word_embeddings": (True,),
-    "is_decoder": (False,),
-    "add_cross_attention": (False,),
-}
+# Where the amount begins that `seen_genes` subtracts from a logit: a gene that was seen is the hidden one only where a
+# random gene was put, which is about one time in two hundred.
+SEEN_AMOUNT = 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,70 +83,115 @@ def pack(cells: Sequence[np.ndarray]) -> PackedBatch:
     return PackedBatch(torch.from_numpy(tokens), torch.from_numpy(positions), Segments.of(lengths))
 
 
+def _norm(config: EncoderConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.width, eps=config.layer_norm_eps, bias=config.biases)
+
+
 class Embeddings(nn.Module):
-    """Token + rank position + token type 0, normalised."""
+    """Token + rank, normalised; the published architecture adds token type 0."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(config.vocabulary_size, config.width)
-        self.positions = nn.Embedding(config.positions, config.width)
-        self.types = nn.Embedding(config.type_vocabulary_size, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.positions = RankKnots(config) if config.rank_knots else nn.Embedding(config.positions, config.width)
+        # Added to every token, so it is worth nothing beside the norm: only what is published has it.
+        self.types = nn.Embedding(config.type_vocabulary_size, config.width) if config.is_published else None
+        self.norm = _norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """(t, d)."""
-        hidden_td = self.tokens(batch.tokens_t) + self.types.weight[0] + self.positions(batch.positions_t)
-        return self.dropout(self.norm(hidden_td))
+        hidden_td = self.tokens(batch.tokens_t)
+        if self.types is not None:
+            hidden_td = hidden_td + self.types.weight[0]
+        return self.dropout(self.norm(hidden_td + self.positions(batch.positions_t)))
 
 
 class SelfAttention(nn.Module):
     """Multi-head attention within each cell, with its output projection."""
 
+    # Seam for `compiling.py`, which takes it out of what is compiled.
+    attend = staticmethod(attend)
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.attention_dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.output = nn.Linear(config.width, config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.heads_width, bias=config.biases)
+        self.output = nn.Linear(config.heads_width, config.width, bias=config.biases)
+        head_width = config.heads_width // config.heads
+        self.query_norm = nn.LayerNorm(head_width, bias=False) if config.query_key_norm else None
+        self.key_norm = nn.LayerNorm(head_width, bias=False) if config.query_key_norm else None
 
-    def forward(self, hidden_td: torch.Tensor, segments: Segments, backend: Backend) -> torch.Tensor:
+    def forward(self, hidden_td: torch.Tensor, ranks: Ranks, backend: Backend) -> torch.Tensor:
         """(t, d)."""
-        query, key, value = self._project(hidden_td)
+        query, key, value = self._project(hidden_td, ranks)
         value = drop_values(value, self.attention_dropout, self.training)
-        return self.output(attend(query, key, value, segments, backend).flatten(1))
+        return self.output(self.attend(query, key, value, ranks.segments, backend).flatten(1))
 
-    def weights(self, hidden_td: torch.Tensor, segments: Segments) -> list[torch.Tensor]:
+    def weights(self, hidden_td: torch.Tensor, ranks: Ranks) -> list[torch.Tensor]:
         """The attention weights of each cell, (h, s, s)."""
-        query, key, _ = self._project(hidden_td)
-        return attention_weights(query, key, segments)
+        query, key, _ = self._project(hidden_td, ranks)
+        return attention_weights(query, key, ranks.segments)
 
-    def _project(self, hidden_td: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.qkv(hidden_td).unflatten(-1, (3, self.heads, -1)).unbind(1)
+    def _project(self, hidden_td: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, ...]:
+        query, key, value = self.qkv(hidden_td).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
+        if ranks.turns is not None:
+            query, key = turned(query, ranks.turns), turned(key, ranks.turns)
+        return query, key, value
 
 
 class EncoderLayer(nn.Module):
-    """Attention and feed-forward, each added to its input and then normalised (post-norm)."""
+    """Attention and feed-forward, each added to its input, and a norm after each sum or before each block."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        self._before, self._gated = config.norm == "pre", config.activation == "geglu"
+        self.neighbours = RankNeighbours(config) if config.rank_neighbours else None
         self.attention = SelfAttention(config)
-        self.attention_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.widen = nn.Linear(config.width, config.feed_forward)
-        self.narrow = nn.Linear(config.feed_forward, config.width)
-        self.output_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.attention_norm = _norm(config)
+        self.widen = nn.Linear(config.width, config.feed_forward * (1 + self._gated), bias=config.biases)
+        self.narrow = nn.Linear(config.feed_forward, config.width, bias=config.biases)
+        self.output_norm = _norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_td: torch.Tensor, segments: Segments, backend: Backend) -> torch.Tensor:
+    def forward(self, hidden_td: torch.Tensor, ranks: Ranks, backend: Backend) -> torch.Tensor:
         """(t, d)."""
-        attended = self.dropout(self.attention(hidden_td, segments, backend))
+        hidden_td = self._with_neighbours(hidden_td, ranks)
+        if self._before:
+            attended = self.attention(self.attention_norm(hidden_td), ranks, backend)
+            hidden_td = hidden_td + self.dropout(attended)
+            return hidden_td + self.dropout(self._feed(self.output_norm(hidden_td)))
+        attended = self.dropout(self.attention(hidden_td, ranks, backend))
         hidden_td = self.attention_norm(hidden_td + attended)
-        fed = self.dropout(self.narrow(functional.relu(self.widen(hidden_td))))
-        return self.output_norm(hidden_td + fed)
+        return self.output_norm(hidden_td + self.dropout(self._feed(hidden_td)))
+
+    def weights(self, hidden_td: torch.Tensor, ranks: Ranks) -> list[torch.Tensor]:
+        """The attention weights of each cell, (h, s, s)."""
+        hidden_td = self._with_neighbours(hidden_td, ranks)
+        return self.attention.weights(self.attention_norm(hidden_td) if self._before else hidden_td, ranks)
+
+    def _with_neighbours(self, hidden_td: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        if self.neighbours is None or ranks.inside_to1 is None:
+            return hidden_td
+        return hidden_td + self.neighbours(hidden_td, ranks.inside_to1)
+
+    def _feed(self, hidden_td: torch.Tensor) -> torch.Tensor:
+        wide = self.widen(hidden_td)
+        if not self._gated:
+            return self.narrow(functional.relu(wide))
+        gate, value = wide.chunk(2, dim=-1)
+        return self.narrow(functional.gelu(gate) * value)
 
 
 class Encoder(nn.Module):
-    """Packed cells to one vector per token."""
+    """Packed cells to one vector per token.
+
+    With norms before the blocks, sums are never normalised inside the encoder. What leaves it after any number of
+    layers has then gone through one closing norm, so that states of all depths are of one scale.
+    """
 
     def __init__(self, config: EncoderConfig, *, attention: str = "auto") -> None:
         super().__init__()
@@ -243,30 +199,38 @@ class Encoder(nn.Module):
         self.attention: Backend = check_backend(attention)
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+        self.norm = _norm(config) if config.norm == "pre" else nn.Identity()
 
     def forward(self, batch: PackedBatch, *, layers: int | None = None) -> torch.Tensor:
         """Hidden states after the first `layers` layers (None = all, 0 = the embeddings): (t, d).
 
         Raises LimitError when a cell is longer than the positions the encoder has learned.
         """
-        hidden_td = self._embed(batch)
-        for layer in self._first(layers):
-            hidden_td = layer(hidden_td, batch.segments, self.attention)
-        return hidden_td
+        return self.norm(self._sums(batch, self._ranks(batch), self._first(layers)))
 
     def hidden_states(self, batch: PackedBatch, *, layers: int | None = None) -> list[torch.Tensor]:
         """The embedding output and the hidden states after each of the first `layers` layers, each (t, d)."""
-        states = [self._embed(batch)]
+        ranks, sums = self._ranks(batch), [self._embed(batch)]
         for layer in self._first(layers):
-            states.append(layer(states[-1], batch.segments, self.attention))
-        return states
+            sums.append(layer(sums[-1], ranks, self.attention))
+        return [self.norm(hidden_td) for hidden_td in sums]
 
     def attention_weights(self, batch: PackedBatch, *, layer: int) -> list[torch.Tensor]:
         """Attention weights of layer `layer` (0 = the first), one (h, s, s) per cell; use it in evaluation mode."""
         if not 0 <= layer < len(self.layers):
             raise LimitError(f"there is no layer {layer}.", fix=f"The encoder has layers 0 to {len(self.layers) - 1}.")
-        attention = self.layers[layer].attention
-        return attention.weights(self(batch, layers=layer), batch.segments)
+        ranks = self._ranks(batch)
+        chosen: EncoderLayer = self.layers[layer]  # type: ignore[assignment]
+        return chosen.weights(self._sums(batch, ranks, self._first(layer)), ranks)
+
+    def _sums(self, batch: PackedBatch, ranks: Ranks, layers: Sequence[nn.Module]) -> torch.Tensor:
+        hidden_td = self._embed(batch)
+        for layer in layers:
+            hidden_td = layer(hidden_td, ranks, self.attention)
+        return hidden_td
+
+    def _ranks(self, batch: PackedBatch) -> Ranks:
+        return Ranks.of(batch.positions_t, batch.segments, self.config)
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         if batch.max_length > self.config.positions:
@@ -305,18 +269,38 @@ class MaskedGeneModel(nn.Module):
         self.config = config
         self.encoder = Encoder(config, attention=attention)
         self.head = MaskedGeneHead(config)
+        # One number, but with an axis: optimisers that are divided among workers cut flat vectors.
+        self.seen_amount = nn.Parameter(torch.full((1,), SEEN_AMOUNT)) if config.seen_genes else None
 
     def forward(self, batch: PackedBatch, masked_positions: torch.Tensor) -> torch.Tensor:
         """Logits (m, v) at `masked_positions`, indices (m) int64 into the stream."""
         hidden_td = self.encoder(batch)
-        return self.head(hidden_td[masked_positions], self.encoder.embeddings.tokens.weight)
+        logits_mv = self.head(hidden_td[masked_positions], self.encoder.embeddings.tokens.weight)
+        if self.seen_amount is None:
+            return logits_mv
+        return logits_mv - self.seen_amount * seen_elsewhere(batch, masked_positions, self.config.vocabulary_size)
+
+
+def seen_elsewhere(batch: PackedBatch, masked_positions: torch.Tensor, vocabulary_size: int) -> torch.Tensor:
+    """(m, v) bool: whether a token stands in the cell of a masked position, at another position than that one."""
+    cells = len(batch.lengths)
+    flat_t = batch.cells_t() * vocabulary_size + batch.tokens_t
+    counts = torch.zeros(cells * vocabulary_size, dtype=torch.int16, device=flat_t.device)
+    counts.index_add_(0, flat_t, counts.new_ones(len(flat_t)))
+    cell_m = torch.searchsorted(batch.offsets, masked_positions, right=True, out_int32=True) - 1
+    seen_mv = counts.view(cells, vocabulary_size).bool()[cell_m]
+    own_m = batch.tokens_t[masked_positions, None]
+    again_m = counts[cell_m[:, None] * vocabulary_size + own_m] > 1
+    return seen_mv.scatter_(1, own_m, again_m)
 
 
 def new_model(config: EncoderConfig, *, seed: int, attention: str = "auto") -> MaskedGeneModel:
     """A freshly initialised model on the CPU, fp32; the same seed gives the same weights.
 
     Weights and embeddings are normal with `initializer_range`, the padding row and biases are zero, norms are one
-    (the initialisation of `BertForMaskedLM`). The global random state is not touched.
+    (the initialisation of `BertForMaskedLM`). With norms before the blocks, matrices that write to the sum of all
+    blocks begin smaller by the root of their number (Radford et al. 2019, GPT-2, section 2.3). The global random state
+    is not touched.
     """
     with torch.device("meta"):
         model = MaskedGeneModel(config, attention=attention)
@@ -326,6 +310,10 @@ def new_model(config: EncoderConfig, *, seed: int, attention: str = "auto") -> M
         _initialise(module, config, generator)
     with torch.no_grad():
         model.encoder.embeddings.tokens.weight[config.pad_token].zero_()
+        if config.norm == "pre":
+            for layer in model.encoder.layers:
+                for last in (layer.attention.output, layer.narrow):
+                    last.weight.div_(math.sqrt(2 * config.layers))
     return model
 
 
@@ -335,5 +323,9 @@ def _initialise(module: nn.Module, config: EncoderConfig, generator: torch.Gener
         module.weight.normal_(0.0, config.initializer_range, generator=generator)
     if isinstance(module, nn.LayerNorm):
         module.weight.fill_(1.0)
+    if isinstance(module, RankNeighbours):
+        module.weight.zero_()
+    if isinstance(module, MaskedGeneModel) and module.seen_amount is not None:
+        module.seen_amount.fill_(SEEN_AMOUNT)
     if isinstance(getattr(module, "bias", None), nn.Parameter):
         module.bias.zero_()

@@ -5,8 +5,7 @@ in safetensors or as `pytorch_model.bin`, in one file or in the parts that an in
 torch's weights-only loader, which builds tensors and nothing else. What comes in is checked against the architecture,
 tensor by tensor, and becomes a bundle in safetensors; nothing pickled goes on.
 
-Out: a bundle's config and weights are in that layout already. A cell-class head goes out when it is of the published
-form (the first token, tanh, linear); any other has no counterpart in `transformers`.
+Out: a bundle's config and weights are in that layout already; for heads see `heads/published_heads.py`.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from safetensors.torch import load_file
 from genescale.platform.bundle import CONFIG, VOCABULARY, WEIGHTS, Bundle, write_bundle
 from genescale.platform.errors import AlreadyExistsError, InputError, IntegrityError, VocabularyError
 from genescale.platform.vocabulary import Vocabulary
-from genescale.training.heads.cell_classes import HEAD_JSON, HEAD_TENSORS, CellClassHead, HeadSpec, head_of
+from genescale.training.heads.head_files import head_files
+from genescale.training.heads.published_heads import SEQUENCE, TOKEN, export_head, import_head, without_layers_above
+from genescale.training.heads.spec import HEAD_BUNDLES, bundle_kind
 from genescale.training.model import EncoderConfig
 from genescale.training.weights import encoder_from_hf, from_hf, to_hf
 
 MASKED_LM = "BertForMaskedLM"
-CELL_CLASSES = "BertForSequenceClassification"
-GENE_CLASSES = "BertForTokenClassification"
-KINDS = {MASKED_LM: "masked_gene_model", CELL_CLASSES: "cell_classifier", GENE_CLASSES: "gene_classifier"}
+ARCHITECTURES = (MASKED_LM, SEQUENCE, TOKEN)
 PICKLED = "pytorch_model.bin"
 # Names that releases of transformers before 2020 wrote.
 OLD_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
@@ -50,20 +49,20 @@ def import_checkpoint(folder: Path, vocabulary: Vocabulary, out: Path) -> Bundle
     are damaged or do not fit the config.
     """
     config, where = _config(folder), str(folder)
-    architecture = next((name for name in config.get("architectures") or () if name in KINDS), "")
+    architecture = next((name for name in config.get("architectures") or () if name in ARCHITECTURES), "")
     if not architecture:
         raise InputError(
             f"is a {config.get('architectures')}, which cannot be imported.",
             where=where,
-            fix=f"Give one of {', '.join(KINDS)}.",
+            fix=f"Give one of {', '.join(ARCHITECTURES)}.",
         )
     shape = EncoderConfig.from_hf(config)
     _check_vocabulary(shape, vocabulary, where)
     tensors, digests = _tensors(folder)
-    weights, extra = _parts(architecture, tensors, shape, config, vocabulary, where)
+    weights, kind, extra = _parts(architecture, tensors, shape, config, vocabulary, where)
     return write_bundle(
         out,
-        kind=KINDS[architecture],
+        kind=kind,
         config=shape.to_hf(),
         weights=weights,
         vocabulary=vocabulary,
@@ -82,27 +81,25 @@ def export_checkpoint(bundle: Bundle, out: Path, *, encoder_only: bool = False) 
     """Write a folder that `transformers` loads, with the vocabulary beside it; the name of its architecture.
 
     encoder_only: leave a classifier's head out, which gives a BertForMaskedLM when the bundle has its head. Raises
-    InputError for a head without a counterpart, AlreadyExistsError when the folder holds something.
+    InputError for a head or an encoder without a counterpart, AlreadyExistsError when the folder holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AlreadyExistsError("something else is here.", where=str(out), fix="Choose a new folder.")
+    if options := EncoderConfig.from_hf(bundle.config).chosen():
+        raise InputError(
+            f"`transformers` has no such encoder: it differs from the published one in {', '.join(options)}.",
+            where=str(bundle.folder),
+            fix="Keep the bundle, which every genescale command reads, or pretrain a published recipe.",
+        )
     weights: Tensors = dict(bundle.weights())
-    architecture = MASKED_LM
-    head: Tensors = {}
-    classes: tuple[str, ...] = ()
-    if bundle.kind == "cell_classifier" and not encoder_only:
-        architecture = CELL_CLASSES
-        head, classes = _published_head(bundle)
-    elif bundle.kind == "gene_classifier" and not encoder_only:
-        architecture = GENE_CLASSES
-        head, classes = _gene_head(bundle)
+    config = {**bundle.config, "architectures": [MASKED_LM]}
+    if bundle.kind in HEAD_BUNDLES and not encoder_only:
+        head = export_head(bundle)
+        weights = without_layers_above(weights, head.layers) | head.tensors
+        config |= {"architectures": [head.architecture], **head.config}
     elif not any(name.startswith("cls.") for name in weights):
-        architecture = "BertModel"
+        config["architectures"] = ["BertModel"]
         weights = {name.removeprefix("bert."): values for name, values in weights.items()}
-    if head:
-        weights = {name: values for name, values in weights.items() if not name.startswith("cls.")} | head
-    labels = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    config = {**bundle.config, "architectures": [architecture], **(labels if classes else {})}
     # A bundle writes tensors so that `transformers` takes them; its other files are ours.
     with tempfile.TemporaryDirectory(prefix="genescale-") as scratch:
         written = write_bundle(
@@ -116,7 +113,7 @@ def export_checkpoint(bundle: Bundle, out: Path, *, encoder_only: bool = False) 
         out.mkdir(parents=True, exist_ok=True)
         for name in (CONFIG, WEIGHTS, VOCABULARY):
             (out / name).write_bytes(written.read(name))
-    return architecture
+    return str(config["architectures"][0])
 
 
 # --- in --------------------------------------------------------------------------------------------------------------
@@ -207,90 +204,17 @@ def _parts(
     config: Mapping[str, Any],
     vocabulary: Vocabulary,
     where: str,
-) -> tuple[Tensors, Extra]:
-    """(weights of the bundle, its further files); every tensor is checked on the way."""
+) -> tuple[Tensors, str, Extra]:
+    """(weights of the bundle, its kind, its further files); every tensor is checked on the way."""
     if architecture == MASKED_LM:
         # Some were saved together with a pooler that masked-gene training never uses.
         own = {name: values for name, values in tensors.items() if not name.startswith("bert.pooler.")}
-        return to_hf(from_hf(own, shape, where=where)), {}
+        return to_hf(from_hf(own, shape, where=where)), "masked_gene_model", {}
     encoder_from_hf(tensors, shape, where=where)
     known = {
         name: values
         for name, values in tensors.items()
         if name.startswith("bert.") and not name.startswith("bert.pooler.") and not name.endswith("position_ids")
     }
-    classes = _classes(tensors, config, where)
-    if architecture == GENE_CLASSES:
-        text = json.dumps({"schema_version": 1, "classes": classes}, indent=2)
-        head = {"weight": tensors["classifier.weight"], "bias": tensors["classifier.bias"]}
-        return known, {HEAD_JSON: text.encode(), HEAD_TENSORS: head}
-    return known, _cell_head(tensors, shape, classes, vocabulary, where).to_files()
-
-
-def _classes(tensors: Tensors, config: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    missing = [name for name in ("classifier.weight", "classifier.bias") if name not in tensors]
-    if missing:
-        raise IntegrityError(f"has no {missing[0]}.", where=where, fix="The weights do not belong to this config.json.")
-    count = len(tensors["classifier.bias"])
-    named = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
-    return tuple(named.get(number, f"LABEL_{number}") for number in range(count))
-
-
-def _cell_head(
-    tensors: Tensors, shape: EncoderConfig, classes: tuple[str, ...], vocabulary: Vocabulary, where: str
-) -> CellClassHead:
-    """The published head as ours: the first token of the last layer, a layer with tanh, and a linear one."""
-    spec = HeadSpec(
-        classes=classes,
-        label="label",
-        width=shape.width,
-        layer="last",
-        pooling="first_token" if vocabulary.cls is None else "cls",
-        hidden=shape.width,
-        activation="tanh",
-    )
-    head = CellClassHead(spec)
-    names = {"widen": "bert.pooler.dense", "output": "classifier"}
-    state = head.state_dict()
-    for ours, theirs in names.items():
-        for part in ("weight", "bias"):
-            values = tensors.get(f"{theirs}.{part}")
-            if values is None or values.shape != tuple(state[f"{ours}.{part}"].shape):
-                raise IntegrityError(f"{theirs}.{part} is missing or of another shape.", where=where)
-            state[f"{ours}.{part}"] = torch.from_numpy(values.copy())
-    head.load_state_dict(state)
-    return head.eval()
-
-
-# --- out -------------------------------------------------------------------------------------------------------------
-
-
-def _published_head(bundle: Bundle) -> tuple[Tensors, tuple[str, ...]]:
-    head = head_of(bundle)
-    spec = head.spec
-    published = (
-        spec.activation == "tanh"
-        and spec.hidden == spec.width
-        and spec.layer == "last"
-        and spec.pooling != "mean_genes"
-        and not head.mean_d.any()
-        and bool((head.scale_d == 1).all())
-    )
-    if not published or head.widen is None:
-        raise InputError(
-            "its head has no counterpart in transformers.",
-            where=str(bundle.folder),
-            fix="Export the encoder alone: --encoder.",
-        )
-    layers = {"bert.pooler.dense": head.widen, "classifier": head.output}
-    tensors = {
-        f"{name}.{part}": getattr(layer, part).detach().numpy()
-        for name, layer in layers.items()
-        for part in ("weight", "bias")
-    }
-    return tensors, spec.classes
-
-
-def _gene_head(bundle: Bundle) -> tuple[Tensors, tuple[str, ...]]:
-    classes = tuple(json.loads(bundle.read(HEAD_JSON))["classes"])
-    return {f"classifier.{name}": values for name, values in bundle.tensors(HEAD_TENSORS).items()}, classes
+    head = import_head(architecture, tensors, config, vocabulary, where)
+    return known, bundle_kind([head.spec]), head_files([head])

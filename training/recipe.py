@@ -18,8 +18,8 @@ from genescale.platform.errors import SettingsError, did_you_mean
 from genescale.platform.settings import build, read_toml
 from genescale.platform.vocabulary import Vocabulary
 from genescale.training.attention import check_backend
+from genescale.training.encoder_config import EncoderConfig, EncoderOptions
 from genescale.training.engine import OptimizerConfig
-from genescale.training.model import EncoderConfig
 
 # Beside this file, in the wheel as in the repository. `importlib.resources` cannot list a folder without `__init__.py`
 # in an editable install.
@@ -27,7 +27,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderShape:
+class EncoderShape(EncoderOptions):
     """An encoder before it is known which vocabulary it reads."""
 
     width: int = 256
@@ -82,6 +82,8 @@ class PretrainConfig:
     """Newest checkpoints that stay in storage; the one with the lowest held-out loss stays as well."""
     log_every: int = 10
     attention: str = "auto"
+    compile: bool = False
+    """Compile the encoder's layers with torch.compile; on CUDA only, and at ZeRO stage 2 at most."""
     model_name: str = "masked-gene-model"
     """Registered model that a new version is added to."""
     alias: str = "newest"

@@ -3,6 +3,9 @@
 A bundle and a published Geneformer checkpoint hold the same tensors under the same names: one table serves both.
 Queries, keys and values are separate there and one matrix here. The decoder is tied to the token embedding and is not
 written; a copy of it in a checkpoint must be equal. Tensors are float32.
+
+An encoder with options of its own has no counterpart there: its tensors have our names, `encoder.` and `head.` before
+them, so that nothing takes them for a BERT.
 """
 
 from __future__ import annotations
@@ -51,13 +54,23 @@ _TIED = {
 _CONSTANT = {"bert.embeddings.position_ids"}
 # Parts of other models on the same encoder: they are no fault when only the encoder is wanted.
 _NOT_ENCODER = ("cls.", "bert.pooler.", "classifier.")
+_OWN_HEAD = ("head.", "seen_amount")
 
 
 def to_hf(model: MaskedGeneModel) -> dict[str, np.ndarray]:
-    """The model's weights under their Hugging Face names, float32, on the host."""
-    state = model.state_dict()
+    """The model's weights under their names in a checkpoint, float32, on the host."""
+    return _named(model.state_dict(), _name_table(model.config, head=True))
+
+
+def encoder_to_hf(state: Mapping[str, torch.Tensor], config: EncoderConfig) -> dict[str, np.ndarray]:
+    """The state of an `Encoder` under its names in a checkpoint, float32, on the host."""
+    names = {name.removeprefix("encoder."): hf for name, hf in _name_table(config, head=False).items()}
+    return _named(state, names)
+
+
+def _named(state: Mapping[str, torch.Tensor], names: Mapping[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
     tensors: dict[str, torch.Tensor] = {}
-    for name, hf_names in _name_table(model.config, head=True).items():
+    for name, hf_names in names.items():
         tensors.update(zip(hf_names, state[name].chunk(len(hf_names)), strict=True))
     return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in tensors.items()}
 
@@ -86,7 +99,8 @@ def encoder_from_hf(
     with torch.device("meta"):
         encoder = Encoder(config, attention=attention)
     names = {name.removeprefix("encoder."): hf for name, hf in _name_table(config, head=False).items()}
-    return _fill(encoder, tensors, names, lambda name: name in _CONSTANT or name.startswith(_NOT_ENCODER), where)
+    heads = _NOT_ENCODER if config.is_published else _OWN_HEAD
+    return _fill(encoder, tensors, names, lambda name: name in _CONSTANT or name.startswith(heads), where)
 
 
 def load_model(bundle: Bundle, *, attention: str = "auto") -> MaskedGeneModel:
@@ -102,7 +116,9 @@ def load_encoder(bundle: Bundle, *, attention: str = "auto") -> Encoder:
 
 
 def _name_table(config: EncoderConfig, *, head: bool) -> dict[str, tuple[str, ...]]:
-    """Our parameter name -> the Hugging Face names whose tensors, put on top of each other, it is."""
+    """Our parameter name -> the names in a checkpoint whose tensors, put on top of each other, it is."""
+    if not config.is_published:
+        return _own_names(config, head=head)
     table: dict[str, tuple[str, ...]] = {f"encoder.{name}": (hf_name,) for name, hf_name in _EMBEDDINGS.items()}
     for layer in range(config.layers):
         ours, theirs = f"encoder.layers.{layer}", f"bert.encoder.layer.{layer}"
@@ -112,6 +128,12 @@ def _name_table(config: EncoderConfig, *, head: bool) -> dict[str, tuple[str, ..
     if head:
         table.update({name: (hf_name,) for name, hf_name in _HEAD.items()})
     return table
+
+
+def _own_names(config: EncoderConfig, *, head: bool) -> dict[str, tuple[str, ...]]:
+    with torch.device("meta"):
+        names = list(MaskedGeneModel(config).state_dict())
+    return {name: (name,) for name in names if head or name.startswith("encoder.")}
 
 
 def _fill(

@@ -16,7 +16,7 @@ from genescale.platform import cli, errors
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     "demo", "simulate", "vocabulary", "medians", "inspect", "genes", "ingest", "corpus",
-    "pretrain", "finetune", "tune", "models", "embed", "perturb", "serve",
+    "pretrain", "finetune", "tune", "predict", "evaluate", "curve", "models", "embed", "perturb", "serve",
 ]  # fmt: skip
 
 

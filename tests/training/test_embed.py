@@ -27,7 +27,7 @@ from genescale.platform.storage import Store, join
 from genescale.training.embed import EmbedConfig, embed_corpus, plan_units
 from genescale.training.embedder import Embedder
 from genescale.training.embeddings import annotate_h5ad, read_embeddings, read_manifest
-from genescale.training.fitting.finetune import FinetuneConfig, prepare, task_vectors
+from genescale.training.fitting.finetune import FinetuneConfig, prepare, row_vectors
 
 # Small units, so that the corpus of some 6,000 tokens in four parts becomes more files than parts.
 SMALL = EmbedConfig(device="cpu", actors=1, tokens_per_unit=800)
@@ -177,11 +177,11 @@ def test_a_fault_in_a_worker_comes_back_as_what_it_is(
 def test_finetuning_takes_stored_embeddings(embedded: str, tiny_bundle: Bundle, tiny_corpus: Corpus) -> None:
     config = FinetuneConfig(device="cpu")
     task = prepare(tiny_bundle, tiny_corpus, config)
-    stored_nd = task_vectors(tiny_bundle, tiny_corpus, task, config, embeddings_uri=embedded)
-    assert np.allclose(stored_nd, task_vectors(tiny_bundle, tiny_corpus, task, config), atol=1e-6)
+    stored_nd = row_vectors(tiny_bundle, tiny_corpus, task, config, embeddings_uri=embedded)
+    assert np.allclose(stored_nd, row_vectors(tiny_bundle, tiny_corpus, task, config), atol=1e-6)
     last = dataclasses.replace(config, layer="last")
     with pytest.raises(InputError, match="another layer"):
-        task_vectors(tiny_bundle, tiny_corpus, task, last, embeddings_uri=embedded)
+        row_vectors(tiny_bundle, tiny_corpus, task, last, embeddings_uri=embedded)
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from genescale.platform.bundle import Bundle, open_bundle
 from genescale.platform.errors import AlreadyExistsError, CorpusError, InputError, SettingsError
 from genescale.platform.tracking import MemoryTracker
 from genescale.training.fitting.finetune import FinetuneConfig, FinetuneResult, finetune
-from genescale.training.fitting.head_fitting import FitConfig, Vectors, fit_head, learning_rate_factor
-from genescale.training.heads.cell_classes import HeadSpec, load_classifier
+from genescale.training.heads.predict import load_heads
 
 FROZEN = FinetuneConfig(
     epochs=20, patience=10, fractions=(0.6, 0.2, 0.2), cells_per_batch=32, device="cpu", learning_rate=3e-2
@@ -55,10 +54,10 @@ def test_every_cell_is_used_or_counted_with_its_reason(fitted: FinetuneResult, t
 
 
 def test_the_loaded_bundle_predicts_what_was_reported(fitted: FinetuneResult, tiny_corpus: Corpus) -> None:
-    classifier = load_classifier(open_bundle(fitted.bundle.folder), device="cpu")
+    model = load_heads(open_bundle(fitted.bundle.folder), device="cpu")
     ids = tiny_corpus.cells(["cell_id"])["cell_id"].to_pylist()
     wanted = fitted.predictions["cell_id"].to_pylist()
-    answer = classifier.predict(tiny_corpus.tokens([ids.index(cell) for cell in wanted]))
+    (answer,) = model.predict_cells(tiny_corpus.tokens([ids.index(cell) for cell in wanted]))
     assert list(answer.labels) == fitted.predictions["predicted"].to_pylist()
     assert np.allclose(answer.probabilities_nc.max(axis=1), fitted.predictions["probability"].to_numpy(), atol=1e-6)
 
@@ -97,8 +96,9 @@ def test_the_run_is_tracked_and_registered(tiny_bundle: Bundle, tiny_corpus: Cor
     assert run.params["parent"] == tiny_bundle.digest
     assert result.bundle.lineage["parent_bundle"] == tiny_bundle.digest
     assert result.bundle.lineage["corpus_version"] == tiny_corpus.version
-    scores = json.loads(run.files["evaluation/scores.json"])
-    assert scores["test"]["confusion"] == result.test.confusion_cc.tolist()
+    report = json.loads(run.files["evaluation/report.json"])
+    assert report["heads"][0]["confusion"] == result.test.confusion_cc.tolist()
+    assert {"evaluation/report.html", "evaluation/predictions.parquet", "evaluation/split.parquet"} <= set(run.files)
     # The same again is the same model: no second version of it.
     where = {"tracker": tracker, "out": tmp_path / "again", "model_name": "cell-types", "aliases": ["champion"]}
     again = finetune(tiny_bundle, tiny_corpus, config, **where)
@@ -223,43 +223,3 @@ def test_a_model_of_another_vocabulary_is_refused(bare_bundle: Bundle, tiny_corp
 def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):
         FinetuneConfig(**changes)
-
-
-def test_learning_rate_rises_then_falls() -> None:
-    for schedule, last in (("linear", 0.0), ("cosine", 0.0), ("constant", 1.0)):
-        config = FitConfig(schedule=schedule, warmup_fraction=0.1)  # type: ignore[arg-type]
-        rates = [learning_rate_factor(step, 100, config) for step in range(101)]
-        assert rates[0] == pytest.approx(1 / 11)
-        assert rates[:11] == sorted(set(rates[:11]))
-        assert max(rates) == rates[10] == 1.0
-        assert rates[10:] == sorted(rates[10:], reverse=True)
-        assert rates[100] == pytest.approx(last)
-
-
-def planted_vectors(n: int, rare: float, seed: int) -> Vectors:
-    """Two overlapping classes, the second one rare."""
-    generator = np.random.default_rng(seed)
-    codes_n = (generator.random(n) < rare).astype(np.int64)
-    cells_nd = generator.normal(size=(n, 4)) + codes_n[:, None] * np.array([1.2, 0, 0, 0])
-    return Vectors(cells_nd=cells_nd.astype(np.float32), codes_n=codes_n)
-
-
-def test_balanced_weights_find_more_of_a_rare_class() -> None:
-    spec = HeadSpec(classes=("a", "b"), label="x", width=4, layer="last", pooling="cls", dropout=0.0)
-    train, held_out = planted_vectors(1000, 0.08, 0), planted_vectors(1000, 0.08, 1)
-    found = {}
-    for weights in ("none", "balanced"):
-        config = FitConfig(epochs=10, class_weights=weights)  # type: ignore[arg-type]
-        fitted = fit_head(spec, train, held_out, config)
-        predicted_n = fitted.head.probabilities(held_out.cells_nd).argmax(axis=1)
-        found[weights] = predicted_n[held_out.codes_n == 1].mean()
-    assert found["balanced"] > found["none"] + 0.3
-
-
-def test_early_stopping_waits_for_its_patience() -> None:
-    """Labels without any signal: validation cannot go on improving for 200 epochs."""
-    spec = HeadSpec(classes=("a", "b"), label="x", width=4, layer="last", pooling="cls")
-    train, held_out = planted_vectors(60, 0.5, 0), planted_vectors(60, 0.5, 1)
-    fitted = fit_head(spec, train, held_out, FitConfig(epochs=200, patience=4))
-    assert len(fitted.history) == fitted.best_epoch + 4
-    assert len(fit_head(spec, train, held_out, FitConfig(epochs=30, patience=0)).history) == 30

@@ -45,7 +45,7 @@ def test_embed_then_finetune_then_use_the_registered_classifier(
     names = ["--name", "cell-types", "--alias", "champion", "--output", str(tmp_path / "classifier")]
     assert main(["finetune", str(tiny_bundle.folder), *shared, *options, *names]) == 0
     shown = capsys.readouterr().out
-    assert "macro F1" in shown
+    assert "Macro F1" in shown
     assert "no cell_type" in shown
     version = open_tracker(settings).resolve("models:/cell-types@champion")
     assert version.tags["kind"] == "cell_classifier"
@@ -79,7 +79,7 @@ def test_a_sweep_prints_its_trials(
     [
         (["--set", "epochs"], "not KEY=VALUE"),
         (["--set", "epoch=3"], "Did you mean 'epochs'"),
-        (["--set", "epochs=0"], "out of range"),
+        (["--set", "epochs=0"], "too small"),
         (["--frozen-layers", "1"], "frozen already"),
         (["--label", "cell_typ"], "cell_type"),
     ],

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from genescale.platform.bundle import Bundle, write_bundle
 from genescale.platform.cli import main
 from genescale.platform.errors import AlreadyExistsError, InputError, IntegrityError, VocabularyError
 from genescale.platform.vocabulary import Vocabulary
 from genescale.training.embedder import Embedder
-from genescale.training.heads.cell_classes import load_classifier
+from genescale.training.heads.head import Head, LinearHead, NearestHead
+from genescale.training.heads.head_files import head_files
+from genescale.training.heads.predict import load_heads
+from genescale.training.heads.spec import HeadSpec, bundle_kind
 from genescale.training.model import pack
 from genescale.training.published import export_checkpoint, import_checkpoint
 from genescale.training.weights import load_model
@@ -94,9 +98,8 @@ def test_cell_classifiers_come_in_and_go_out(
     cells = tiny_cells if framed else [(cell[1:-1] - 2).astype(np.uint16) for cell in tiny_cells]
     theirs = checkpoint(tmp_path / "theirs", vocabulary, "BertForSequenceClassification", **labels())
     bundle = import_checkpoint(tmp_path / "theirs", vocabulary, tmp_path / "bundle")
-    classifier = load_classifier(bundle, device="cpu")
-    assert classifier.classes == CLASSES
-    predicted = classifier.predict(cells)
+    (predicted,) = load_heads(bundle, device="cpu").predict_cells(cells)
+    assert predicted.classes == CLASSES
     assert export_checkpoint(bundle, tmp_path / "out") == "BertForSequenceClassification"
     back = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert tuple(back.config.id2label[i] for i in range(3)) == CLASSES
@@ -120,7 +123,12 @@ def test_gene_classifiers_come_in_and_go_out(
     theirs = checkpoint(tmp_path / "theirs", tiny_vocabulary, "BertForTokenClassification", pickled=True, **labels())
     bundle = import_checkpoint(tmp_path / "theirs", tiny_vocabulary, tmp_path / "bundle")
     assert bundle.kind == "gene_classifier"
-    assert json.loads(bundle.read("head.json"))["classes"] == list(CLASSES)
+    answers = load_heads(bundle, device="cpu").predict_genes(tiny_cells[1:2])
+    assert answers.spec.classes == CLASSES
+    with torch.no_grad():
+        logits_tc = theirs(torch.from_numpy(tiny_cells[1].astype(np.int64))[None]).logits[0]
+    rows = [tiny_cells[1].tolist().index(token) for token in answers.tokens_g.tolist()]
+    np.testing.assert_allclose(answers.probabilities_gc, torch.softmax(logits_tc, 1).numpy()[rows], atol=1e-5)
     # The encoder serves as any other.
     assert Embedder.load(bundle, device="cpu").embed_cells(tiny_cells[:2]).shape == (2, 32)
     assert export_checkpoint(bundle, tmp_path / "out") == "BertForTokenClassification"
@@ -185,27 +193,82 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, tiny_vocabulary: Vocabular
     assert not (tmp_path / "out").exists()
 
 
-def test_a_head_without_a_counterpart_says_so(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
-    from genescale.platform.bundle import write_bundle
-    from genescale.training.heads.cell_classes import CellClassHead, HeadSpec
-
-    checkpoint(tmp_path / "theirs", tiny_vocabulary, "BertForMaskedLM")
-    base = import_checkpoint(tmp_path / "theirs", tiny_vocabulary, tmp_path / "base")
-    spec = HeadSpec(classes=CLASSES, label="cell_type", width=32, layer="last", pooling="mean_genes")
-    ours = write_bundle(
-        tmp_path / "ours",
-        kind="cell_classifier",
+def with_heads(folder: Path, base: Bundle, *heads: Head) -> Bundle:
+    """A bundle of the encoder of `base` and these heads."""
+    return write_bundle(
+        folder,
+        kind=bundle_kind([head.spec for head in heads]),
         config=base.config,
         weights=base.weights(),
-        vocabulary=tiny_vocabulary,
+        vocabulary=base.vocabulary,
         lineage={},
-        extra=CellClassHead(spec).to_files(),
+        extra=head_files(heads),
     )
-    with pytest.raises(InputError, match=r"no counterpart.*--encoder"):
-        export_checkpoint(ours, tmp_path / "out")
-    assert export_checkpoint(ours, tmp_path / "out", encoder_only=True) == "BertForMaskedLM"
+
+
+def random_head(vectors_nd: np.ndarray, **values: Any) -> LinearHead:
+    """A head of width 32 that standardises as if it had been fitted on these vectors."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        head = LinearHead(HeadSpec(**{"classes": CLASSES, "label": "x", "width": 32, "pooling": "cls", **values}))
+    head.standardise(vectors_nd)
+    return head.eval()
+
+
+@pytest.mark.parametrize("layer", ["last", "second_to_last"])
+def test_our_heads_answer_the_same_in_transformers(
+    tmp_path: Path, tiny_bundle: Bundle, tiny_cells: list[np.ndarray], layer: Any
+) -> None:
+    """Standardisation is folded in, and a head on the second-to-last layer goes out on a shorter encoder."""
+    vectors_nd = Embedder.load(tiny_bundle, device="cpu").embed_cells(tiny_cells, layer=layer, pooling="cls")
+    tokens = torch.from_numpy(tiny_cells[1].astype(np.int64))[None]
+    form = {"layer": layer, "hidden": 32, "activation": "tanh"}
+    classes = with_heads(tmp_path / "a", tiny_bundle, random_head(vectors_nd, **form))
+    assert export_checkpoint(classes, tmp_path / "classes") == "BertForSequenceClassification"
+    theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "classes").eval()
+    ours = load_heads(classes, device="cpu").predict_cells(tiny_cells[1:2])[0].probabilities_nc
+    assert np.ptp(ours) > 0.01
+    np.testing.assert_allclose(torch.softmax(theirs(tokens).logits, 1).detach().numpy(), ours, atol=1e-5)
+
+    head = random_head(vectors_nd, **form, classes=(), kind="number")
+    head.standardise_target(np.array([20.0, 50.0, 90.0]))
+    number = with_heads(tmp_path / "b", tiny_bundle, head)
+    assert export_checkpoint(number, tmp_path / "number") == "BertForSequenceClassification"
+    theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "number").eval()
+    ours = load_heads(number, device="cpu").predict_cells(tiny_cells[1:2])[0].numbers_n
+    np.testing.assert_allclose(theirs(tokens).logits.detach().numpy()[:, 0], ours, rtol=1e-4)
+    back = import_checkpoint(tmp_path / "number", tiny_bundle.vocabulary, tmp_path / "back")
+    np.testing.assert_allclose(load_heads(back).predict_cells(tiny_cells[1:2])[0].numbers_n, ours, rtol=1e-4)
+
+    genes = with_heads(tmp_path / "c", tiny_bundle, random_head(vectors_nd, layer=layer, kind="gene_classes"))
+    assert export_checkpoint(genes, tmp_path / "genes") == "BertForTokenClassification"
+    theirs = transformers.BertForTokenClassification.from_pretrained(tmp_path / "genes").eval()
+    answers = load_heads(genes, device="cpu").predict_genes(tiny_cells[1:2])
+    rows = [tiny_cells[1].tolist().index(token) for token in answers.tokens_g.tolist()]
+    expected = torch.softmax(theirs(tokens).logits[0], 1).detach().numpy()[rows]
+    np.testing.assert_allclose(answers.probabilities_gc, expected, atol=1e-5)
+
+
+def test_heads_without_a_counterpart_say_what_would_fit(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    vectors_nd = np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32)
+    nearest = NearestHead(HeadSpec(classes=CLASSES, label="x", width=32, layer="last", pooling="cls", type="nearest"))
+    nearest.remember(vectors_nd, np.arange(9) % 3)
+    one = random_head(vectors_nd, layer="last", hidden=32, activation="tanh")
+    refused: dict[str, tuple[list[Head], str]] = {
+        "means": ([random_head(vectors_nd, layer="last", pooling="mean_genes")], "hidden = 32, activation = 'tanh'"),
+        "deep": ([random_head(vectors_nd, layer="last", kind="gene_classes", hidden=8)], "hidden = 0"),
+        "votes": ([nearest], "head = 'linear'"),
+        "two": ([one, one], "one target"),
+    }
+    for name, (heads, fix) in refused.items():
+        bundle = with_heads(tmp_path / name, tiny_bundle, *heads)
+        with pytest.raises(InputError, match=r"no counterpart.*--encoder") as caught:
+            export_checkpoint(bundle, tmp_path / "out")
+        assert fix in str(caught.value)
+        assert not (tmp_path / "out").exists()
+    assert export_checkpoint(bundle, tmp_path / "out", encoder_only=True) == "BertForMaskedLM"
     with pytest.raises(AlreadyExistsError):
-        export_checkpoint(base, tmp_path / "out")
+        export_checkpoint(tiny_bundle, tmp_path / "out")
 
 
 @pytest.mark.shared

@@ -1,33 +1,24 @@
-"""Sweep the settings of a head with Ray Tune, refit the best one, and measure it once on the test part.
+"""Sweep the settings of a fit with Ray Tune, fit the best again, and measure it once on the test part.
 
-Axis suffixes: `n` cells, `d` width.
-
-Every trial fits a head on the same cached vectors (the encoder is frozen), reports each epoch, and may be stopped early
-(ASHA). Trials see the train and validation parts only. The driver alone writes to MLflow: a parent run for the sweep, a
-child for every trial, and one for the winner. A sweep that was cut off goes on where it was when it is started again
-with the same model, corpus and spec.
+Labels, folds and the vectors of every layer and pooling in the search space are settled once, before the first trial;
+the vectors lie once in Ray's object store and trials read them where they lie. Trials see the train and validation
+parts only.
+The best settings are then fitted by the same `finetune` that the command line runs, on train and validation together,
+measured on the test part, recorded and registered. A sweep that was cut off goes on where it was when it is started
+again with the same model, corpus, labels and spec; anything else is another sweep, in a folder of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
+import dataclasses
+import functools
 import hashlib
+import itertools
 import json
-import logging
-import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import ray
-from ray import tune as ray_tune
-from ray.tune import Callback, RunConfig, TuneConfig, Tuner
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.bundle import Bundle
@@ -35,46 +26,38 @@ from genescale.platform.errors import ClusterError
 from genescale.platform.progress import SILENT, Progress
 from genescale.platform.storage import Store, join
 from genescale.platform.tracking import Run, Tracker
-from genescale.training.fitting.finetune import (
-    FinetuneConfig,
-    FinetuneResult,
-    Task,
-    finetune,
-    head_spec,
-    prepare,
-    task_vectors,
-)
-from genescale.training.fitting.head_fitting import Epoch, Vectors, fit_head
+from genescale.training.embedder import check_pooling, layers_to_run
+from genescale.training.evaluation.baselines import BaselineConfig
+from genescale.training.fitting.config import FinetuneConfig
+from genescale.training.fitting.finetune import FinetuneResult, finetune, prepare, row_vectors
+from genescale.training.fitting.task import Task
+from genescale.training.freight import Received, ship
+from genescale.training.sweeps.ray_tuning import Trials, at_once, run_trials
+from genescale.training.sweeps.sweep_report import write_sweep_report
 from genescale.training.sweeps.sweep_spec import TuneSpec
+from genescale.training.sweeps.tracking_trials import BEST, TrialRuns, one_run
+from genescale.training.sweeps.trial import TrialHook, TrialInputs, fold_rows, shared_vectors, vector_kind
+from genescale.training.sweeps.trial_records import SweepFolder, Trial, best_first
+from genescale.training.sweeps.winner import reproducing_command, winner_config, write_winner
 
-METRIC = "best_macro_f1"
-"""Highest macro F1 on the validation part up to now: what a stopped trial is worth."""
-_PROGRESS: contextvars.ContextVar[Progress] = contextvars.ContextVar("sweep_progress", default=SILENT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One trial of a sweep; `error` is empty unless it failed."""
-
-    name: str
-    sample: dict[str, Any]
-    """The settings it drew."""
-    epochs: int
-    macro_f1: float
-    """Its best macro F1 on the validation part."""
-    error: str = ""
+VECTORS = "vectors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TuneResult:
-    """A finished sweep: all trials best first, and the best settings refitted and measured on the test part."""
+    """A finished sweep: all trials best first, and the best settings fitted again and measured on the test part."""
 
     best: FinetuneConfig
     trials: tuple[Trial, ...]
     winner: FinetuneResult
     run_id: str
     uri: str
-    """Folder of Ray Tune's state."""
+    """Folder of the sweep's state."""
+    report: Path
+    """The HTML report; `sweep.json` beside it holds the same numbers."""
+    winner_toml: Path
+    command: str
+    """What fits the winner again, without a sweep and without Ray."""
 
 
 def tune(
@@ -87,189 +70,156 @@ def tune(
     sweep_uri: str,
     store: Store,
     embeddings_uri: str = "",
+    baselines: BaselineConfig | None = None,
     model_name: str = "",
     aliases: Sequence[str] = (),
+    model_reference: str = "",
+    on_trial_start: TrialHook | None = None,
     progress: Progress = SILENT,
 ) -> TuneResult:
     """Run the sweep, then fit the best settings again into `out` and record and register them as `finetune` does.
 
-    Ray must be running (`ray_cluster`). `sweep_uri` is a folder that all nodes reach: Ray Tune keeps the state of the
-    sweep there. Raises ClusterError when every trial failed, with the first reason.
+    Ray must be running (`ray_cluster`). `sweep_uri` is a folder that all nodes reach: it keeps the sweep's state and
+    the vectors. `model_reference` is how the reproducing command names the model (the bundle's folder by default).
+    `on_trial_start` is called in each trial's process. Raises InputError and its kinds before any training, and
+    ClusterError when every trial failed, with the first reason.
     """
-    task = prepare(bundle, corpus, spec.finetune)
-    vectors_nd = task_vectors(bundle, corpus, task, spec.finetune, store, embeddings_uri, progress)
-    parts = {
-        name: Vectors(cells_nd=vectors_nd[positions_n], codes_n=task.cells.codes_n[positions_n])
-        for name, positions_n in (("train", task.split.train), ("validation", task.split.validation))
-    }
-    params: dict[str, Any] = {"trials": spec.sweep.trials, "sampler": spec.sweep.sampler, "sweep_seed": spec.sweep.seed}
-    params |= {"corpus_uri": corpus.uri, "corpus_version": corpus.version, "parent": bundle.digest}
-    with tracker.run(f"tune {spec.finetune.label}", params=params, tags={"stage": "tune"}) as run:
-        name = f"sweep-{sweep_key(bundle, corpus, spec)[:16]}"
-        trials = _sweep(spec, task, parts, sweep_uri, name, store, progress)
-        _record_trials(tracker, run, trials)
-        best = spec.trial_config(trials[0].sample)
+    _check_search(bundle, spec)
+    at_once(spec.sweep)
+    task = prepare(bundle, corpus, spec.finetune, store=store)
+    key = sweep_key(bundle, corpus, spec, task)
+    folder = SweepFolder(join(sweep_uri, f"sweep-{key[:16]}"), key, store)
+    runs = folder.open({"spec": asdict(spec), **_origin(bundle, corpus)})
+    cache_uri = join(sweep_uri, VECTORS)
+    inputs = _inputs(bundle, corpus, spec, task, store, embeddings_uri, cache_uri, progress)
+    params = {**_sweep_params(spec), **_origin(bundle, corpus)}
+    with one_run(tracker, folder, "sweep", runs.get("sweep", "")).run(
+        f"tune {spec.finetune.label}", params=params, tags={"stage": "tune"}
+    ) as run:
+        trials = _swept(spec, folder, tracker, run, inputs, on_trial_start, progress)
+        best = winner_config(spec, trials[0])
+        out.mkdir(parents=True, exist_ok=True)
         winner = finetune(
             bundle,
             corpus,
             best,
-            tracker=tracker,
+            tracker=one_run(tracker, folder, "winner", runs.get("winner", "")),
             out=out,
-            vectors_nd=vectors_nd,
+            store=store,
+            embeddings_uri=embeddings_uri if best.encoder == "frozen" else "",
+            cache_uri=cache_uri,
+            baselines=baselines,
+            run_home=join(folder.uri, "winner"),
             model_name=model_name,
             aliases=aliases,
             parent_run=run.id,
             progress=progress,
         )
-        run.log_params({f"best_{key}": value for key, value in trials[0].sample.items()})
-        run.log_metrics({METRIC: trials[0].macro_f1, "test_macro_f1": winner.macro_f1})
-    return TuneResult(best=best, trials=trials, winner=winner, run_id=run.id, uri=join(sweep_uri, name))
+        command = reproducing_command(out / "winner.toml", corpus, model_reference or str(bundle.folder))
+        toml = write_winner(out, best, trials[0], command=command)
+        run.log_params({f"best_{name}": value for name, value in trials[0].sample.items()})
+        run.log_metrics({BEST: trials[0].score or 0.0, **winner.heads[0].evaluation.tracked()})
+        report = write_sweep_report(out, spec, trials, winner, command=command, origin=_origin(bundle, corpus))
+        for path in (toml, report, report.with_suffix(".json")):
+            run.log_file(path, "sweep")
+    return TuneResult(
+        best=best,
+        trials=trials,
+        winner=winner,
+        run_id=run.id,
+        uri=folder.uri,
+        report=report,
+        winner_toml=toml,
+        command=command,
+    )
 
 
-def sweep_key(bundle: Bundle, corpus: Corpus, spec: TuneSpec) -> str:
-    """Digest of everything that decides a sweep: another one never goes on in its folder."""
-    content = [bundle.digest, corpus.uri, corpus.version, asdict(spec)]
+def sweep_key(bundle: Bundle, corpus: Corpus, spec: TuneSpec, task: Task) -> str:
+    """Digest of everything that decides a sweep: model, corpus, spec, and the labels and folds as they were read."""
+    content = [_origin(bundle, corpus), asdict(spec), task.digest()]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _sweep(
+def _origin(bundle: Bundle, corpus: Corpus) -> dict[str, Any]:
+    return {"corpus_uri": corpus.uri, "corpus_version": corpus.version, "parent": bundle.digest}
+
+
+def _sweep_params(spec: TuneSpec) -> dict[str, Any]:
+    space = {
+        name: {key: value for key, value in asdict(values).items() if value not in (None, (), False, {})}
+        for name, values in spec.search.items()
+    }
+    return {"search": {name: json.dumps(values) for name, values in space.items()}, "sweep": asdict(spec.sweep)}
+
+
+def _check_search(bundle: Bundle, spec: TuneSpec) -> None:
+    """Everything a trial may draw fits the model; SettingsError or InputError before anything is computed."""
+    layers = int(bundle.config["num_hidden_layers"])
+    for sample in spec.combinations():
+        config = spec.trial_config(sample)
+        check_pooling(config.pooling, bundle.vocabulary)
+        layers_to_run(config.layer, layers)
+
+
+def _inputs(
+    bundle: Bundle,
+    corpus: Corpus,
     spec: TuneSpec,
     task: Task,
-    parts: Mapping[str, Vectors],
-    sweep_uri: str,
-    name: str,
     store: Store,
+    embeddings_uri: str,
+    cache_uri: str,
+    progress: Progress,
+) -> TrialInputs:
+    """What all trials share; vectors come from the cache when an earlier start of the sweep computed them."""
+    folds, encoders = fold_rows(task), spec.possible("encoder")
+    pairs = itertools.product(spec.possible("layer"), spec.possible("pooling")) if "frozen" in encoders else ()
+    read = [dataclasses.replace(spec.finetune, layer=layer, pooling=pooling) for layer, pooling in pairs]
+    kinds = {vector_kind(config): config for config in read}
+    vectors = {}
+    for kind, config in sorted(kinds.items()):
+        vectors_rd = row_vectors(
+            bundle,
+            corpus,
+            task,
+            config,
+            store=store,
+            cache_uri=cache_uri,
+            embeddings_uri=embeddings_uri,
+            progress=progress,
+        )
+        vectors[kind] = shared_vectors(vectors_rd, folds)
+    trains = set(encoders) != {"frozen"}
+    return TrialInputs(
+        spec=spec,
+        width=task.specs[0].width,
+        classes=tuple(head.classes for head in task.specs),
+        folds=folds,
+        vectors=vectors,
+        corpus=corpus if trains else None,
+        receive=functools.partial(Received, ship(bundle)) if trains else None,
+    )
+
+
+def _swept(
+    spec: TuneSpec,
+    folder: SweepFolder,
+    tracker: Tracker,
+    run: Run,
+    inputs: TrialInputs,
+    hook: TrialHook | None,
     progress: Progress,
 ) -> tuple[Trial, ...]:
-    """All trials, best first; equal ones in the order of their names."""
-    progress.start(spec.sweep.trials, "trials")
-    filesystem, folder = store.arrow_filesystem(sweep_uri)
-    trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(_trial, spec=spec, classes=task.spec.classes, width=task.spec.width, parts=parts),
-        {"cpu": 1},
-    )
-    path = f"{folder.rstrip('/')}/{name}"
-    with _quiet(), _shown(progress):
-        if Tuner.can_restore(path, storage_filesystem=filesystem):
-            tuner = Tuner.restore(
-                path,
-                trainable=trainable,
-                resume_unfinished=True,
-                resume_errored=True,
-                storage_filesystem=filesystem,
-            )
-        else:
-            tuner = Tuner(
-                trainable,
-                param_space=spec.space(),
-                tune_config=_tune_config(spec),
-                run_config=RunConfig(
-                    name=name,
-                    storage_path=folder,
-                    storage_filesystem=filesystem,
-                    verbose=0,
-                    callbacks=[_TrialEnds()],
-                ),
-            )
-        results = tuner.fit()
-    if results.num_terminated + results.num_errors < spec.sweep.trials:
-        # Ray Tune answers Ctrl-C by saving its state and returning what it has; the caller must not take that for all.
-        raise KeyboardInterrupt
-    trials = [_trial_of(result, number) for number, result in enumerate(results)]
-    if all(trial.error for trial in trials):
-        raise ClusterError(f"every trial failed: {trials[0].error}", where=path, fix="Correct the cause and run again.")
-    return tuple(sorted(trials, key=lambda trial: (bool(trial.error), -trial.macro_f1, trial.name)))
-
-
-def _tune_config(spec: TuneSpec) -> TuneConfig:
-    sweep = spec.sweep
-    at_once = sweep.at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    search: Any = BasicVariantGenerator(random_state=sweep.seed, max_concurrent=at_once)
-    if sweep.sampler == "optuna":
-        import optuna
-        from ray.tune.search.optuna import OptunaSearch
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        search = ConcurrencyLimiter(OptunaSearch(seed=sweep.seed), max_concurrent=at_once)
-    scheduler = ASHAScheduler(
-        time_attr="epoch",
-        max_t=spec.finetune.epochs,
-        grace_period=min(sweep.grace_epochs, spec.finetune.epochs),
-        reduction_factor=sweep.reduction_factor,
-    )
-    return TuneConfig(metric=METRIC, mode="max", search_alg=search, scheduler=scheduler, num_samples=sweep.trials)
-
-
-def _trial(
-    sample: dict[str, Any], *, spec: TuneSpec, classes: tuple[str, ...], width: int, parts: Mapping[str, Vectors]
-) -> None:
-    """One trial, in a Ray worker: fit with the drawn settings and report every epoch."""
-    config = spec.trial_config(sample)
-    best = 0.0
-
-    def report(epoch: Epoch) -> None:
-        nonlocal best
-        best = max(best, epoch.validation_macro_f1)
-        ray_tune.report({"epoch": epoch.number, METRIC: best, **epoch.metrics()})
-
-    fit_head(head_spec(width, classes, config), parts["train"], parts["validation"], config, on_epoch=report)
-
-
-class _TrialEnds(Callback):
-    """Moves the progress line; Ray Tune stores callbacks, so it holds no state of its own."""
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has ended or was stopped."""
-        score = (trial.last_result or {}).get(METRIC, 0.0)
-        _PROGRESS.get().advance(1, f"last macro F1 {score:.3f}")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has failed; the reason is in the result."""
-        _PROGRESS.get().advance(1, "a trial failed")
-
-
-def _trial_of(result: Any, number: int) -> Trial:
-    metrics = result.metrics or {}
-    return Trial(
-        name=str(metrics.get("trial_id", number)),
-        sample=dict(result.config or {}),
-        epochs=int(metrics.get("epoch", 0)),
-        macro_f1=float(metrics.get(METRIC, 0.0)),
-        error=str(result.error or "").strip(),
-    )
-
-
-def _record_trials(tracker: Tracker, run: Run, trials: Sequence[Trial]) -> None:
-    for trial in trials:
-        tags = {"stage": "trial", "trial": trial.name, **({"error": trial.error[:500]} if trial.error else {})}
-        with tracker.run(f"trial {trial.name}", params=trial.sample, tags=tags, parent=run.id) as child:
-            child.log_metrics({METRIC: trial.macro_f1, "epochs": float(trial.epochs)})
-
-
-@contextlib.contextmanager
-def _shown(progress: Progress) -> Iterator[None]:
-    token = _PROGRESS.set(progress)
-    try:
-        yield
-    finally:
-        _PROGRESS.reset(token)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray Tune without its own tables and per-trial log files, and without the signal handlers it leaves behind.
-
-    What it would say is in our progress line, in the trials' errors and in MLflow.
-    """
-    logger = logging.getLogger("ray.tune")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    """All trials, best first, run and recorded."""
+    tracked = TrialRuns(tracker, run, folder)
+    trials = Trials(spec, folder, progress, tracked.record)
+    run_trials(trials, inputs, hook)
+    ranked = best_first([tracked.record_now(trial) for trial in trials.ended])
+    if ranked[0].status == "failed":
+        first = min(ranked, key=lambda trial: trial.number)
+        raise ClusterError(
+            f"every trial failed: {first.error}",
+            where=folder.uri,
+            fix="Correct the cause, then delete this folder and run again.",
+        )
+    return ranked
