@@ -45,7 +45,7 @@ class EncoderOptions:
     query_key_norm: bool = False
     """Queries and keys are normalised per head (Henry et al. 2020, "Query-key normalization for transformers")."""
     attention_width: int = 0
-    """Width of all heads together; 0 is the width of the encoder. Scores and mixing cost this much per pair of genes."""
+    """Width of all heads together; 0 is that of the encoder. Scores and mixing cost this much per pair of genes."""
     seen_genes: bool = False
     """A gene stands once in a ranking: the masked-gene head subtracts a learned amount from the logit of every gene
     that is seen elsewhere in the cell."""

@@ -220,7 +220,7 @@ class Encoder(nn.Module):
         if not 0 <= layer < len(self.layers):
             raise LimitError(f"there is no layer {layer}.", fix=f"The encoder has layers 0 to {len(self.layers) - 1}.")
         ranks = self._ranks(batch)
-        chosen: EncoderLayer = self.layers[layer]  # type: ignore[assignment]
+        chosen: EncoderLayer = self.layers[layer]
         return chosen.weights(self._sums(batch, ranks, self._first(layer)), ranks)
 
     def _sums(self, batch: PackedBatch, ranks: Ranks, layers: Sequence[nn.Module]) -> torch.Tensor:

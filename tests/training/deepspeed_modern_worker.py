@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import deepspeed_worker
+
 from genescale.training.cells import MemoryCells
 from genescale.training.model import EncoderConfig, MaskedGeneModel, new_model
 
