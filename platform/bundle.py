@@ -237,7 +237,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise NotFoundError(
             f"is not a bundle: there is no {MANIFEST}.",
             where=str(folder),
-            fix="Check the folder; a published checkpoint becomes a bundle through adopt_checkpoint.",
+            fix="Check the folder; a published checkpoint becomes a model with `genescale models import`.",
         )
     if path.stat().st_size > MANIFEST_MAX_BYTES:
         raise _damaged(folder, f"it is larger than {MANIFEST_MAX_BYTES:,} bytes")

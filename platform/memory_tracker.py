@@ -184,6 +184,11 @@ class MemoryTracker:
                     file.write(data)
         return to
 
+    def children(self, run_id: str) -> dict[str, str]:
+        """Ids of the runs below this one, by name; of several with one name the oldest."""
+        below = [run for run in self.runs.values() if run.parent == run_id]
+        return {run.name: run.id for run in reversed(below)}
+
     def close_dangling(self, experiment: str | None = None) -> int:
         """Nothing outlives its process here, so there is nothing to close."""
         return 0

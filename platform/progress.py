@@ -58,7 +58,7 @@ class _Line:
         self.began = time.monotonic()
 
     def start(self, total: int | None, unit: str) -> None:
-        self.total, self.unit, self.done = total, unit, 0
+        self.total, self.unit, self.done, self.note = total, unit, 0, ""
         self.draw()
 
     def advance(self, done: int = 1, note: str = "") -> None:

@@ -144,6 +144,9 @@ class Tracker(Protocol):
     def download(self, version: ModelVersion, to: Path) -> Path:
         """Copy the version's bundle to the local folder `to`; returns `to`."""
 
+    def children(self, run_id: str) -> dict[str, str]:
+        """Ids of the runs below this one, by name; of several with one name the oldest."""
+
     def close_dangling(self, experiment: str | None = None) -> int:
         """Mark runs whose process is gone as KILLED; returns how many there were."""
 

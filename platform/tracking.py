@@ -196,6 +196,19 @@ class MlflowTracker(Registry):
             raise
         self._end(info.run_id, "FINISHED")
 
+    def children(self, run_id: str) -> dict[str, str]:
+        """Ids of the runs below this one, by name; of several with one name the oldest."""
+        found: dict[str, str] = {}
+        with self.errors():
+            experiment, page = self.client.get_run(run_id).info.experiment_id, None
+            below, order = f"tags.`{PARENT_TAG}` = '{run_id}'", ["attributes.start_time DESC"]
+            while True:
+                runs = self.client.search_runs([experiment], below, max_results=1000, order_by=order, page_token=page)
+                found |= {run.info.run_name: run.info.run_id for run in runs}
+                page = runs.token
+                if not page:
+                    return found
+
     def close_dangling(self, experiment: str | None = None) -> int:
         """Mark the experiment's runs whose process, on this machine, is gone as KILLED; returns how many."""
         with self.errors():

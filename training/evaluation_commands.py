@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from genescale.training.model_options import add_model_and_corpus, opened_model
 
 if TYPE_CHECKING:
     import argparse
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from genescale.training.evaluation.bundle_evaluation import BundleEvaluation
     from genescale.training.evaluation.curve_lines import CurveResult
 
-MODEL_HELP = "models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder (local or s3://)"
 EVALUATE_EPILOG = """\
 example:
   genescale evaluate models:/genescale@champion --corpus s3://lake/corpus@12 --where "tissue = 'heart'" \\
@@ -42,26 +41,23 @@ def evaluate(argv: Sequence[str]) -> int:
     from genescale.platform.progress import stage
     from genescale.platform.settings import build
     from genescale.platform.storage import Store
-    from genescale.platform.tracking import fetch_bundle, open_tracker
+    from genescale.platform.tracking import open_tracker
     from genescale.training.evaluation.bundle_evaluation import evaluate_bundle
     from genescale.training.evaluation.measured_cells import EvaluateConfig
 
     config = build(EvaluateConfig, _evaluate_values(arguments), where="options")
     store = Store(settings.storage)
-    with tempfile.TemporaryDirectory(prefix="genescale-") as cache:
-        bundle = fetch_bundle(arguments.model, settings, Path(cache))
-        corpus = Corpus.open(arguments.corpus, store)
-        with stage("evaluate") as progress:
-            found = evaluate_bundle(
-                bundle,
-                corpus,
-                config,
-                tracker=open_tracker(settings),
-                out_uri=arguments.output,
-                store=store,
-                model=arguments.model,
-                progress=progress,
-            )
+    with opened_model(arguments.model, settings) as bundle, stage("evaluate") as progress:
+        found = evaluate_bundle(
+            bundle,
+            Corpus.open(arguments.corpus, store),
+            config,
+            tracker=open_tracker(settings),
+            out_uri=arguments.output,
+            store=store,
+            model=arguments.model,
+            progress=progress,
+        )
     if arguments.json:
         import json
 
@@ -98,8 +94,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
 
 
 def _add_inputs(parser: argparse.ArgumentParser, output: str) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--corpus", required=True, metavar="URI[@VERSION]", help="corpus, at its newest version or one")
+    add_model_and_corpus(parser)
     parser.add_argument("--where", metavar="SQL", help="only cells that fulfil this condition on their columns")
     parser.add_argument("--output", default=output, metavar="URI", help=f"folder for the report (default {output})")
 
@@ -151,7 +146,7 @@ def curve(argv: Sequence[str]) -> int:
     from genescale.platform.progress import stage
     from genescale.platform.settings import build
     from genescale.platform.storage import Store
-    from genescale.platform.tracking import fetch_bundle, open_tracker
+    from genescale.platform.tracking import open_tracker
     from genescale.training.evaluation.curve import learning_curve
     from genescale.training.evaluation.curve_lines import CurveConfig
     from genescale.training.fitting.config import FinetuneConfig
@@ -161,21 +156,18 @@ def curve(argv: Sequence[str]) -> int:
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     config = build(CurveConfig, given, where="options")
     store = Store(settings.storage)
-    with tempfile.TemporaryDirectory(prefix="genescale-") as cache:
-        bundle = fetch_bundle(arguments.model, settings, Path(cache))
-        corpus = Corpus.open(arguments.corpus, store)
-        with stage("curve") as progress:
-            found = learning_curve(
-                bundle,
-                corpus,
-                task,
-                config,
-                tracker=open_tracker(settings),
-                out_uri=arguments.output,
-                store=store,
-                model=arguments.model,
-                progress=progress,
-            )
+    with opened_model(arguments.model, settings) as bundle, stage("curve") as progress:
+        found = learning_curve(
+            bundle,
+            Corpus.open(arguments.corpus, store),
+            task,
+            config,
+            tracker=open_tracker(settings),
+            out_uri=arguments.output,
+            store=store,
+            model=arguments.model,
+            progress=progress,
+        )
     if arguments.json:
         import json
 
@@ -248,6 +240,8 @@ def _print_curve(found: CurveResult, output: str) -> None:
         for point in line.points
     ]
     print(text_table(("line", "cells", found.metric, "range", "seeds"), rows))
+    if found.config.against:
+        print(f"\nother    training cells fulfil: {found.config.against}")
     for note in found.notes:
         print(f"note     {note}")
     print(f"test     {found.test_units:,} {found.unit}, the same at every point")

@@ -150,9 +150,12 @@ def _ray(settings: Any, config: FinetuneConfig) -> Any:
 
 
 def _tasks_text() -> str:
+    import shutil
+
     from genescale.training.tasks.tasks import list_tasks
 
-    return "\n\n".join(task.text() for task in list_tasks())
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+    return "\n\n".join(task.text(width) for task in list_tasks())
 
 
 def _settings_text() -> str:
@@ -169,15 +172,16 @@ def print_result(result: FinetuneResult) -> None:
     """What a user wants to know of a fit: sizes, scores with intervals beside the baselines, and where things are."""
     counts = result.counts
     unit = result.task.unit
+    several = f" (fold 1 of {counts['folds']})" if counts["folds"] > 1 else ""
     for part, count in counts[unit].items():
         groups = counts["groups"][part]
-        print(f"{part:<12} {count:>8,} {unit}" + (f" of {len(groups)} groups" if groups else ""))
+        print(f"{part:<12} {count:>8,} {unit}" + (f" of {len(groups)} groups" if groups else "") + several)
     for reason, count in counts["left_out"].items():
         if count:
             print(f"left out     {count:>8,} {reason}")
     for head in result.heads:
         _print_head(head)
-    print(f"\nbest epoch   {result.best_epoch} of {len(result.history)}")
+    print(f"\nbest epoch   {result.best_epoch} of {len(result.history)}{several}")
     print(f"report       {result.report}")
     print(f"bundle       {result.bundle.folder}")
     if result.model_version:
@@ -205,9 +209,12 @@ def _print_head(head: HeadResult) -> None:
     print(text_table(("measured", *(METRIC_NAMES[metric] for metric in shown)), rows))
     for note in found.intervals.notes:
         print(f"note         {note}")
+    why_not: dict[str, list[str]] = {}
     for baseline in head.baselines:
         if baseline.why_not:
-            print(f"not measured {baseline.name}, {baseline.features}: {baseline.why_not}")
+            why_not.setdefault(baseline.why_not, []).append(f"{baseline.name}, {baseline.features}")
+    for reason, names in why_not.items():
+        print(f"not measured {'; '.join(names)}: {reason}")
 
 
 def _cell(value: float | None, interval: Interval | None) -> str:

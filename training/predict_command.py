@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from genescale.training.evaluation.predictions import Predictions
     from genescale.training.labels.concordance import Concordance, Interval
 
+UNLIKE = 0.99
 PREDICT_EPILOG = """\
 examples:
   genescale predict models:/cell-types@newest --corpus s3://lake/corpus@12 --where "tissue = 'heart'" \\
@@ -20,7 +21,8 @@ examples:
   genescale predict models:/dosage@newest --corpus s3://lake/corpus@12 --where "development_stage = 'fetal'" \\
       --against "development_stage = 'adult'" --output fetal
 
-The output folder gets one Parquet file for each head: probability of each class, or the number, of every cell or gene.
+The output folder gets one Parquet file for each head: probability of each class, or the number, of every cell or gene,
+and out_of_distribution: the share of the model's examples that are nearer to their class (0.99 and more: unlike them).
 A head of genes answers with the mean over the cells, with its spread and the number of cells. --against reads the same
 genes in other cells and says how far the calls agree."""
 
@@ -52,14 +54,20 @@ def predict(argv: Sequence[str]) -> int:
     from genescale.ingestion.corpus import Corpus
     from genescale.platform.progress import stage
     from genescale.platform.storage import Store
-    from genescale.training.heads.corpus_answers import compare, predict_corpus
+    from genescale.training.heads.corpus_answers import check_file, check_uses, compare, predict_corpus
     from genescale.training.heads.predict import load_heads
+    from genescale.training.labels.selection import select_cells
 
     store, out = Store(settings.storage), Path(arguments.output)
     drawn = {"max_cells": arguments.max_cells, "seed": arguments.seed}
+    _check_numbers(arguments.max_cells, arguments.confidence)
     genes = [name.strip() for name in arguments.genes.split(",") if name.strip()]
     with opened_model(arguments.model, settings) as bundle:
         model, corpus = load_heads(bundle, device=arguments.device), Corpus.open(arguments.corpus, store)
+        check_uses(model, against=bool(arguments.against), annotate=bool(arguments.h5ad))
+        select_cells(corpus, arguments.against)  # a condition that fits no cell ends here
+        if arguments.h5ad:
+            check_file(arguments.h5ad[0], corpus, arguments.where, dataset_id=arguments.dataset_id, store=store)
         with stage("predict") as progress:
             found = predict_corpus(model, corpus, where=arguments.where, genes=genes, progress=progress, **drawn)
         agreed = None
@@ -72,6 +80,10 @@ def predict(argv: Sequence[str]) -> int:
         path = out / f"{one.label.replace('/', '_')}.parquet"
         pq.write_table(one.table(), path)
         _print_predictions(one)
+        if len(one) < len(genes):
+            print(
+                f"left out     {len(genes) - len(one):,} of the genes asked for: in none of the cells, or named twice"
+            )
         print(f"written      {path}")
     if agreed is not None:
         (out / "concordance.json").write_text(json.dumps(agreed.to_dict(), indent=1), encoding="utf-8")
@@ -79,6 +91,15 @@ def predict(argv: Sequence[str]) -> int:
     if arguments.h5ad:
         _annotate(found, arguments.h5ad, arguments.dataset_id, store)
     return 0
+
+
+def _check_numbers(max_cells: int, confidence: float) -> None:
+    from genescale.platform.errors import SettingsError
+
+    if max_cells < 0:
+        raise SettingsError(f"{max_cells} cells cannot be drawn.", where="--max-cells", fix="Give 0 for all cells.")
+    if not 0 <= confidence <= 1:
+        raise SettingsError(f"{confidence} is no probability.", where="--confidence", fix="Give a number from 0 to 1.")
 
 
 def _print_predictions(found: Predictions) -> None:
@@ -92,6 +113,9 @@ def _print_predictions(found: Predictions) -> None:
     print(f"{found.label:<12} {len(found):,} {found.unit}")
     for code, count in counts.most_common():
         print(f"             {count:>9,}  {found.classes[code]}")
+    if found.out_of_distribution_u is not None:
+        unlike = int((found.out_of_distribution_u >= UNLIKE).sum())
+        print(f"unlike       {unlike:>9,} are further from their class than {UNLIKE:.0%} of the model's examples")
 
 
 def _print_concordance(found: Concordance) -> None:

@@ -147,7 +147,7 @@ def test_bad_columns_and_parts_are_refused_with_the_nearest_name(tiny_corpus: Co
 
 def test_few_donors_are_not_resampled_and_the_report_says_so(tiny_corpus: Corpus) -> None:
     cells = measured_cells(tiny_corpus, EvaluateConfig(where="dataset_id = 'atlas-0'"))
-    assert "only 4 values of donor_id" in cells.resampled
+    assert "only 4 donors" in cells.resampled
     assert len(set(cells.group_n.tolist())) == len(cells.index_n)
     assert cells.left_out == {"not selected by where": 180}
 

@@ -25,6 +25,7 @@ from genescale.platform.settings import StorageSettings
 from genescale.platform.storage import Store
 from genescale.training.fitting.config import FinetuneConfig
 from genescale.training.fitting.encoder_fitting import fit_encoder
+from genescale.training.fitting.encoder_model import check_trainable
 from genescale.training.fitting.epochs import Epoch, Fitted
 from genescale.training.fitting.examples import NO_LABEL
 from genescale.training.heads.spec import HeadSpec
@@ -256,6 +257,13 @@ def test_what_cannot_be_fitted_is_refused_before_cells_are_read(
     examples = parts(labelled(tiny_corpus))
     with pytest.raises(SettingsError, match=message):
         fit_encoder(tiny_bundle, unread, *examples, (CELLS,), dataclasses.replace(CONFIG, **changes), **options)
+
+
+def test_embeddings_can_be_trained_alone_where_no_layer_is_read() -> None:
+    check_trainable(CONFIG, layers=0)
+    for changes in ({"encoder": "lora"}, {"frozen_layers": 1}):
+        with pytest.raises(SettingsError, match="Read a later layer"):
+            check_trainable(dataclasses.replace(CONFIG, **changes), layers=0)
 
 
 def test_several_workers_without_ray_are_refused(

@@ -269,3 +269,20 @@ def test_only_cells_that_were_asked_for_are_used(tiny_bundle: Bundle, tiny_corpu
     assert set(task.datasets_u.tolist()) == {"atlas-1"}
     assert np.bincount(task.targets_u()).tolist() == [10] * len(CELL_TYPES)
     assert task.n_units + sum(task.left_out.values()) == tiny_corpus.n_cells
+
+
+def test_lists_leave_out_other_cells_and_the_classes_that_only_those_have(
+    tiny_bundle: Bundle, tiny_corpus: Corpus, tmp_path: Path
+) -> None:
+    table = tiny_corpus.cells(["cell_id", "cell_type"]).to_pandas().dropna()
+    ids = table[table["cell_type"] != CELL_TYPES[0]]["cell_id"].tolist()
+    path = tmp_path / "lists.json"
+    path.write_text(json.dumps({"train": ids[:40], "validation": ids[40:60], "test": ids[60:80]}), encoding="utf-8")
+    task = prepare(tiny_bundle, tiny_corpus, dataclasses.replace(CELLS, split="lists", lists=str(path), group=""))
+    assert task.specs[0].classes == tuple(sorted(CELL_TYPES[1:]))
+    assert {name: set(task.ids_u[part]) for name, part in task.folds.splits[0].parts().items()} == {
+        "train": set(ids[:40]), "validation": set(ids[40:60]), "test": set(ids[60:80])
+    }  # fmt: skip
+    codes = dict(zip(table["cell_id"], table["cell_type"], strict=True))
+    assert [task.specs[0].classes[code] for code in task.targets_u()] == [codes[cell] for cell in task.ids_u]
+    assert task.n_units + sum(task.left_out.values()) == tiny_corpus.n_cells

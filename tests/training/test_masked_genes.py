@@ -84,13 +84,19 @@ def test_floors_are_smoothed_frequencies_in_the_other_cells(tiny_bundle: Bundle,
         others = [c for i, c in enumerate(cells) if i != cell]
         genes = [int(t) for c in others for t in c[1:-1]]
         label, shown = int(cells[cell][1 + rank]), int(cells[cell][2 - rank])
-        probability = (genes.count(label) + 1) / (len(genes) + n_genes)
-        unseen = (genes.count(label) + 1) / (len(genes) + n_genes - genes.count(shown) - 1)
+        different = len(set(genes))
+
+        def overall(token: int) -> float:
+            return (genes.count(token) + different / n_genes) / (len(genes) + different)  # noqa: B023
+
+        def at_rank(token: int) -> float:
+            # All ranks of such short cells are in the first bin.
+            return (genes.count(token) + different * overall(token)) / (len(genes) + different)  # noqa: B023
+
         losses = dict(zip(SCORES, hidden.loss_qm[:, place], strict=True))
-        assert losses["overall"] == pytest.approx(-np.log(probability))
-        # All ranks of such short cells are in the first bin.
-        assert losses["rank_bin"] == pytest.approx(-np.log(probability))
-        assert losses["rank_bin_unseen"] == pytest.approx(-np.log(unseen))
+        assert losses["overall"] == pytest.approx(-np.log(overall(label)))
+        assert losses["rank_bin"] == pytest.approx(-np.log(at_rank(label)))
+        assert losses["rank_bin_unseen"] == pytest.approx(-np.log(at_rank(label) / (1 - at_rank(shown))))
 
 
 def test_the_floor_by_rank_knows_where_a_gene_stands(tiny_bundle: Bundle, tiny_vocabulary: Vocabulary) -> None:

@@ -331,9 +331,10 @@ def _methods(evaluation: BundleEvaluation) -> str:
         ),
         (
             "Floors",
-            "Frequencies in the other measured cells (each cell's own counts are taken out), plus one for every gene: "
-            "at any rank; at the rank bin of the hidden gene; at that bin among genes that the cell does not show at "
-            "places that are not hidden. They know the measured corpus, which is kind to them.",
+            "Frequencies in the other measured cells (each cell's own counts are taken out), with Witten and Bell's "
+            "share for genes that were not counted: at any rank; at the rank bin of the hidden gene; at that bin among "
+            "genes that the cell does not show at places that are not hidden. They know the measured corpus, which is "
+            "kind to them.",
         ),
         (
             "Intervals",

@@ -22,7 +22,9 @@ LOOKS = (
     ("#3a7ca5", "#9bd7f7", "10 4"),
 )
 SHAPES = ("circle", "diamond", "square", "triangle", "circle", "diamond", "square")
-WIDTH, ROW, NAMES, AXIS = 720.0, 24.0, 210.0, 44.0
+WIDTH, ROW, NAMES, AXIS = 760.0, 24.0, 262.0, 44.0
+# Characters of a name that fit beside the plot.
+MOST_NAME = 27
 PLOT_HEIGHT = 330.0
 LEFT, RIGHT, TOP = 56.0, 18.0, 12.0
 
@@ -35,7 +37,8 @@ CHART_STYLE = (
     ".chart .hollow{fill:var(--back);stroke:var(--q);stroke-width:1.6}"
     ".chart .seed{fill:var(--q);opacity:.35}.chart .band{fill:var(--q);opacity:.14;stroke:none}"
     ".key{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;padding:0;margin:.4rem 0;font-size:.86rem}"
-    ".key svg{width:2.1rem;height:.9rem;vertical-align:-.1rem;margin-right:.4rem}"
+    ".key svg{display:inline-block;width:2.1rem;height:.9rem;vertical-align:-.1rem;margin-right:.35rem}"
+    ".key svg.small{width:.9rem}.key .hollow{fill:var(--back);stroke:var(--q);stroke-width:1.6}"
     ".key line{stroke:var(--q);stroke-width:2}"
     "@media(prefers-color-scheme:dark){"
     + "".join(f".q{i}{{--q:{dark}}}" for i, (_, dark, _) in enumerate(LOOKS))
@@ -93,7 +96,7 @@ def mark_rows(rows: Sequence[MarkRow], series: Sequence[str], *, axis_title: str
 
 
 def _row(row: MarkRow, y: float, at, series: Sequence[str]) -> str:  # type: ignore[no-untyped-def]
-    shown = row.name if len(row.name) <= 26 else f"{row.name[:25]}…"
+    shown = row.name if len(row.name) <= MOST_NAME else f"{row.name[: MOST_NAME - 1]}…"
     text = (
         f'<text x="{NAMES - 62:g}" y="{y + 4:.1f}" text-anchor="end">{escaped(shown)}'
         f"<title>{escaped(row.name)}</title></text>"
@@ -220,8 +223,9 @@ def key(names: Sequence[str], *, lines: bool) -> str:
         dashes = f' stroke-dasharray="{LOOKS[look][2]}"' if LOOKS[look][2] else ""
         stroke = f'<line x1="0" x2="34" y1="7" y2="7"{dashes}/>' if lines else ""
         kind = "mark" if lines or number == 0 else "hollow"
-        sample = f'<svg class="chart q{look}" viewBox="0 0 34 14" aria-hidden="true">{stroke}'
-        items += f"<li>{sample}{shape(look, 17, 7, kind)}</svg>{escaped(name)}</li>"
+        size, width = ("", 34) if lines else (" small", 14)
+        sample = f'<svg class="q{look}{size}" viewBox="0 0 {width} 14" aria-hidden="true">{stroke}'
+        items += f"<li>{sample}{shape(look, width / 2, 7, kind)}</svg>{escaped(name)}</li>"
     return f'<ul class="key">{items}</ul>'
 
 

@@ -105,7 +105,9 @@ class GeneCurve:
                     fix="Use larger points, or more genes.",
                 )
             both = together(read.take(np.concatenate(fitted)), self.task.examples.take(split.test))
-            task = replace(self.task, examples=both, folds=_one_fold(_split(*fitted, split.test), self.task.folds))
+            task = replace(
+                self.task, examples=both, folds=_one_fold(_split(fitted[0], fitted[1], split.test), self.task.folds)
+            )
             made.append(task)
         return made
 
@@ -237,7 +239,8 @@ def subtask(task: Task, train: np.ndarray, validation: np.ndarray, test: np.ndar
     def chosen(values_u: np.ndarray | None) -> np.ndarray | None:
         return None if values_u is None else values_u[units]
 
-    split = _split(*(np.searchsorted(units, part) for part in (train, validation, test)))
+    train, validation, test = (np.searchsorted(units, part) for part in (train, validation, test))
+    split = _split(train, validation, test)
     return replace(
         task,
         examples=replace(examples, unit_r=np.searchsorted(units, examples.unit_r)),

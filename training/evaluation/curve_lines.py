@@ -144,17 +144,16 @@ def curve_lines(points: Sequence[Point], config: CurveConfig, task: FinetuneConf
 
 
 def line_name(fit: str, line: str, config: CurveConfig, task: FinetuneConfig) -> str:
-    """Such as `this model, cells of tissue = 'heart'`."""
+    """Such as `this model, relevant cells`."""
     if fit == MODEL:
         name = "this model" if task.encoder == "frozen" else "this model, encoder trained"
     else:
         model, _, features = fit.partition(" of ")
         name = "most frequent class" if fit == MAJORITY else MODEL_NAMES.get(model, model)
-        name += f" on {FEATURE_NAMES[features].lower()}" if features in FEATURE_NAMES else ""  # type: ignore[index]
+        name += f" on {FEATURE_NAMES[features].lower()}" if features in FEATURE_NAMES else ""
     if not config.against:
         return name
-    condition = config.against if line == AGAINST else task.where or "all"
-    return f"{name}; training cells: {condition}"
+    return f"{name}, {'other' if line == AGAINST else 'relevant'} cells"
 
 
 def _line_point(cells: int, fit: str, points: Sequence[Point], line: str) -> LinePoint | None:

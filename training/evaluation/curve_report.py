@@ -118,7 +118,7 @@ def _methods(result: CurveResult) -> str:
     )
     items = [
         ("Points", points),
-        ("Test", f"{result.test_units:,} {result.unit}; they fulfil: {task.where or 'all cells'}."),
+        ("Test", f"{result.test_units:,} {result.unit}; they fulfil: {task.where or 'anything'}."),
         (
             "Split",
             f"{task.split}{f' by {task.group}' if task.split in ('grouped', 'balanced') and not genes else ''}, "
@@ -138,7 +138,7 @@ def _methods(result: CurveResult) -> str:
             f"Training cells of the second line fulfil: {config.against}. Its test cells are those of the first, and "
             "no cell of a test donor trains."
         )
-        items.insert(1, ("Second line", text))
+        items.insert(1, ("Other cells", text))
     items += [("Note", note) for note in result.notes]
     items.append(("Provenance", "; ".join(f"{name} {value}" for name, value in result.provenance.items() if value)))
     listed = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(text)}</dd>" for name, text in items)

@@ -6,9 +6,11 @@ Genes are hidden as in pretraining, by (seed, cell): the same cell of a corpus v
 whatever batch it is in and whatever other cells are measured. Loss is the mean negative log likelihood
 (nats) over hidden genes, accuracy the share whose most likely gene is the right one.
 
-The floors need no model. For a hidden gene of a cell they are counted over the *other* cells that are measured, with
-one more count for every gene (Laplace): how often a gene occurs at all, how often at that rank bin, and the last among
-genes that the cell does not show elsewhere. They know the corpus that the model is measured on, which is kind to them.
+The floors need no model. For a hidden gene of a cell they are counted over the *other* cells that are measured: how
+often a gene occurs at all, how often at that rank bin, and the last among genes that the cell does not show elsewhere.
+Genes that were not counted get the share of Witten and Bell (1991): with n counts of T different genes,
+p = (count + T q) / (n + T), where q is the floor one step wider (overall for a bin, all genes alike for overall). The
+floors know the corpus that the model is measured on, which is kind to them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from genescale.platform.progress import SILENT, Progress
-from genescale.training.batches import BatchPlan, CellSource, StepBatch, evaluation_batches, prefetch
+from genescale.training.batches import BatchPlan, CellSource, MicroBatch, StepBatch, evaluation_batches, prefetch
 from genescale.training.masking import Masking
 from genescale.training.model import MaskedGeneModel
 
@@ -29,7 +31,6 @@ RANK_EDGES = (0, 10, 30, 100, 300, 1_000, 3_000)
 """Bins of the rank of a gene in its cell, the highest rank value first: 1 to 10, 11 to 30, …"""
 SCORES = ("model", "rank_bin_unseen", "rank_bin", "overall")
 """The model, then the floors from the strongest to the weakest."""
-LAPLACE = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,6 +131,7 @@ def _scored(
 ) -> tuple[np.ndarray, ...]:
     """(cell, rank, hidden token, loss, hit) of each hidden gene of one micro-batch."""
     (micro_batch,) = batch.micro_batches
+    assert isinstance(micro_batch, MicroBatch)
     packed, places = micro_batch.packed, micro_batch.masked_positions
     there = micro_batch.to(device)
     logits_mv = model(there.packed, there.masked_positions).float()
@@ -154,23 +156,24 @@ def _floors(
     is_gene_v[masking.vocabulary.token_ids] = True
     loss_qm, hit_qm = np.empty((3, len(cell_m))), np.empty((3, len(cell_m)), dtype=bool)
     limits = np.searchsorted(cell_m, np.arange(len(cells) + 1))
-    overall_v = counts_kv.sum(axis=0)
+    alike_v, overall_v = is_gene_v / is_gene_v.sum(), counts_kv.sum(axis=0)
     for cell, tokens in enumerate(cells):
         own = slice(limits[cell], limits[cell + 1])
         genes = tokens[is_gene_v[tokens]].astype(np.int64)
-        shown = np.delete(genes, rank_m[own])
-        bins, hidden, labels = rank_bin(np.arange(len(genes))), rank_bin(rank_m[own]), label_m[own]
+        shown, bins = np.delete(genes, rank_m[own]), rank_bin(np.arange(len(genes)))
+        hidden = rank_bin(rank_m[own])
         overall_v[genes] -= 1
-        loss_qm[2, own], hit_qm[2, own] = _surprise(overall_v, is_gene_v, labels)
-        overall_v[genes] += 1
         counts_kv[bins, genes] -= 1
+        wider_v = backed_off(overall_v, alike_v)
+        loss_qm[2, own], hit_qm[2, own] = _surprise(wider_v, label_m[own])
         for number in np.unique(hidden):
             # Positions among all hidden genes, of this cell and this bin.
             at = own.start + np.flatnonzero(hidden == number)
-            allowed_v = is_gene_v.copy()
-            loss_qm[1, at], hit_qm[1, at] = _surprise(counts_kv[number], allowed_v, label_m[at])
-            allowed_v[shown] = False
-            loss_qm[0, at], hit_qm[0, at] = _surprise(counts_kv[number], allowed_v, label_m[at])
+            share_v = backed_off(counts_kv[number], wider_v)
+            loss_qm[1, at], hit_qm[1, at] = _surprise(share_v, label_m[at])
+            share_v[shown] = 0.0
+            loss_qm[0, at], hit_qm[0, at] = _surprise(share_v / share_v.sum(), label_m[at])
+        overall_v[genes] += 1
         counts_kv[bins, genes] += 1
     return loss_qm, hit_qm
 
@@ -186,10 +189,16 @@ def _counts(cells: Sequence[np.ndarray], masking: Masking) -> np.ndarray:
     return counts_kv
 
 
-def _surprise(counts_v: np.ndarray, allowed_v: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Negative log of the smoothed frequency of `labels` among the allowed genes, and whether each is the commonest."""
-    smoothed_v = np.where(allowed_v, counts_v + LAPLACE, 0.0)
-    return np.log(smoothed_v.sum()) - np.log(smoothed_v[labels]), labels == int(smoothed_v.argmax())
+def backed_off(counts_v: np.ndarray, wider_v: np.ndarray) -> np.ndarray:
+    """Shares (v) of counted genes, with a part for those that were not counted; the formula is at the top."""
+    different = float(np.count_nonzero(counts_v)) or 1.0
+    shares_v: np.ndarray = (counts_v + different * wider_v) / (counts_v.sum() + different)
+    return shares_v
+
+
+def _surprise(shares_v: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log of the shares of `labels`, and whether each is the largest."""
+    return -np.log(shares_v[labels]), labels == int(shares_v.argmax())
 
 
 def score_rows(

@@ -22,6 +22,8 @@ from genescale.training.labels.selection import check_columns, select_cells
 PARTS = ("hidden_genes", "neighbourhoods", "mixing", "umap")
 LEAST_GROUPS = 5
 """Fewer donors are not resampled: an interval over three donors means nothing."""
+LEAST_KNOWN = 0.5
+"""Share of the cells that must have a donor for donors to be the batches, unless they are asked for."""
 MOST_VALUES = 30
 """Values of a column that are shown, the commonest; the others are put together and counted."""
 NUMBER_COLUMNS = ("n_genes", "total_counts", "length")
@@ -40,7 +42,8 @@ class EvaluateConfig:
     label: str = "cell_type"
     """Column with the cell types, for mixing."""
     batch: str = ""
-    """Column with donors or batches, for mixing and intervals; empty takes donor_id, else dataset_id."""
+    """Column with donors or batches, for mixing and intervals; empty takes donor_id where most cells have one, else
+    dataset_id."""
     genes: str = ""
     """Address of gene lists, for neighbourhoods; empty takes the most frequent genes."""
     neighbours: int = 10
@@ -114,8 +117,10 @@ def measured_cells(corpus: Corpus, config: EvaluateConfig) -> Cells:
     columns = list(dict.fromkeys([*fixed, *METADATA_COLUMNS, *wanted]))
     table = corpus.cells(columns).take(pa.array(index_n))
     by = config.by or tuple(name for name in ("dataset_id", *METADATA_COLUMNS) if 2 <= _values(table, name) <= 200)
-    batch = config.batch or ("donor_id" if _values(table, "donor_id") >= 2 else "dataset_id")
-    group_n, resampled = _groups(table, batch)
+    known_n = texts(table, "donor_id") != ""
+    donors = _values(table, "donor_id") >= 2 and known_n.mean() >= LEAST_KNOWN
+    batch = config.batch or ("donor_id" if donors else "dataset_id")
+    group_n, resampled = _groups(table, config.batch or "donor_id")
     left_out = {"not selected by where": corpus.n_cells - len(selected), "not drawn": len(selected) - len(index_n)}
     return Cells(
         index_n=index_n,
@@ -146,9 +151,9 @@ def _groups(table: pa.Table, batch: str) -> tuple[np.ndarray, str]:
     without = len({name for name in known.tolist() if name.startswith("in ")})
     if len(known) >= LEAST_GROUPS:
         told = f"{len(known) - without} values of {batch}"
-        told += f" and {without} datasets whose cells have none" if without else ""
+        told += f" and the other cells of {without} datasets" if without else ""
         return codes_n.astype(np.int64), told
-    told = f"cells, because there are only {len(known)} values of {batch}: too narrow for cells of a new one"
+    told = f"cells, because there are only {len(known)} donors or datasets: too narrow for cells of a new one"
     return np.arange(table.num_rows, dtype=np.int64), told
 
 

@@ -58,22 +58,27 @@ class Reference:
 
 
 def reference(
-    train_ud: npt.NDArray[Any], codes_u: npt.NDArray[Any] | None = None, held_out_ud: npt.NDArray[Any] | None = None
+    train_ud: npt.NDArray[Any],
+    codes_u: npt.NDArray[Any] | None = None,
+    held_out_ud: npt.NDArray[Any] | None = None,
+    *,
+    distances_u: npt.NDArray[Any] | None = None,
 ) -> Reference:
     """Fit a reference on training vectors; `codes_u` are their classes (None for numbers).
 
     held_out_ud: vectors of the validation part, whose distances are compared with. With fewer than 50 of them, training
     units are compared, each with a reference that was made without it (five parts in turn): distances to means and a
-    covariance that a unit helped to make are too small. Raises InputError without two training units.
+    covariance that a unit helped to make are too small. `distances_u`: distances of held-out units that are known
+    already, as from the folds of a cross-validation. Raises InputError without two training units.
     """
     train_ud = np.asarray(train_ud, dtype=np.float64)
     if len(train_ud) < 2:
         raise InputError(f"{len(train_ud)} training units describe nothing.", where="out-of-distribution score")
     codes_u = np.zeros(len(train_ud), dtype=np.int64) if codes_u is None else np.asarray(codes_u)
     made = _fitted(train_ud, codes_u)
-    if held_out_ud is not None and len(held_out_ud) >= LEAST_HELD_OUT:
+    if distances_u is None and held_out_ud is not None and len(held_out_ud) >= LEAST_HELD_OUT:
         distances_u = made.distances(held_out_ud)
-    else:
+    elif distances_u is None:
         distances_u = _left_out_distances(train_ud, codes_u)
     distances_q = np.quantile(distances_u, np.linspace(0, 1, QUANTILES))
     return replace(made, distances_q=distances_q)

@@ -46,11 +46,13 @@ FIGURE_STYLE = (
     ".map-row{display:flex;flex-wrap:wrap;gap:.4rem 1.4rem;align-items:flex-start}"
     ".map-row>svg{flex:1 1 22rem}.map-row>ol{flex:1 1 15rem}"
     ".map-key{list-style:none;margin:0;padding:0;font-size:.86rem;columns:15rem}"
-    ".map-key li{break-inside:avoid;display:flex;gap:.45rem;align-items:center;line-height:1.5}"
-    ".map-key svg{width:1rem;height:1rem;flex:none}.map-key svg path{stroke:var(--k);fill:none;stroke-width:2}"
-    ".map-key svg path.dot{stroke-width:9;stroke-linecap:round}.map-key svg path.triangle{fill:var(--k);stroke:none}"
+    ".map-key li{break-inside:avoid;display:flex;gap:.45rem;align-items:baseline;line-height:1.5}"
+    ".map-key svg{width:1rem;height:1rem;flex:none;align-self:center}"
+    ".map-key svg path{stroke:var(--k);fill:none;stroke-width:2}"
+    ".map-key svg path.dot{stroke-width:9;stroke-linecap:round}"
+    ".map-key svg path.triangle{fill:var(--k);stroke:none}"
     ".map-key b{font-variant-numeric:tabular-nums;min-width:1.3rem;text-align:right}"
-    ".map-key span{color:var(--soft);font-variant-numeric:tabular-nums}"
+    ".map-key small{color:var(--soft);white-space:nowrap;font-variant-numeric:tabular-nums}"
     "@media(prefers-color-scheme:dark){"
     + "".join(f".k{i}{{--k:{dark}}}" for i, (_, dark) in enumerate(COLOURS))
     + ".s0{--k:#2f5c9e}.k-other{--k:#5a636d}}"
@@ -125,25 +127,26 @@ def number_looks(values_n: np.ndarray) -> list[Look]:
 
 def scatter(coordinates_n2: np.ndarray, looks: Sequence[Look], *, label: str) -> str:
     """The figure with its key as HTML; `label` says what it shows to those who cannot see it."""
-    places_n2 = _placed(coordinates_n2)
+    places_n2, height = _placed(coordinates_n2)
     drawn = "".join(_path(places_n2[look.cells], look) for look in looks if len(look.cells))
     texts = "".join(_label(places_n2[look.cells], look.label) for look in looks if look.label and len(look.cells))
     total = len(coordinates_n2)
     named = sorted(looks, key=lambda look: look.colour == "k-other")
     key = "".join(_key(look, total) for look in named if len(look.cells))
     return (
-        f'<div class="map-row"><svg class="map" viewBox="0 0 {SIZE:g} {SIZE:g}" role="img" '
+        f'<div class="map-row"><svg class="map" viewBox="0 0 {SIZE:g} {height:.0f}" role="img" '
         f'aria-label="{escaped(label)}">{drawn}{texts}</svg><ol class="map-key">{key}</ol></div>'
     )
 
 
-def _placed(coordinates_n2: np.ndarray) -> np.ndarray:
-    """Positions in the drawing: both axes on one scale, since distances in the plane are compared by eye."""
+def _placed(coordinates_n2: np.ndarray) -> tuple[np.ndarray, float]:
+    """Positions in the drawing and its height: both axes on one scale, since distances are compared by eye."""
     low, high = coordinates_n2.min(axis=0), coordinates_n2.max(axis=0)
     span = float((high - low).max()) or 1.0
-    scaled = (coordinates_n2 - (low + high) / 2) / span * (SIZE - 2 * MARGIN) + SIZE / 2
-    scaled[:, 1] = SIZE - scaled[:, 1]
-    return scaled
+    # A map that is wide and flat gets a flat drawing; a tall one is as tall as it is allowed to be wide.
+    height = max(float((high - low)[1]) / span * (SIZE - 2 * MARGIN) + 2 * MARGIN, SIZE / 3)
+    scaled = (coordinates_n2 - (low + high) / 2) / span * (SIZE - 2 * MARGIN)
+    return np.column_stack([SIZE / 2 + scaled[:, 0], height / 2 - scaled[:, 1]]), height
 
 
 def _path(places_n2: np.ndarray, look: Look) -> str:
@@ -167,4 +170,4 @@ def _key(look: Look, total: int) -> str:
     shape = {"dot": "M8 8h0", "plus": "M2 8h12m-6-6v12", "triangle": "M8 2l7 12h-14z"}[look.mark]
     sample = f'<svg viewBox="0 0 16 16" aria-hidden="true"><path class="{look.mark} {look.colour}" d="{shape}"/></svg>'
     share = f"{len(look.cells):,} ({percent(len(look.cells) / total)})"
-    return f"<li>{sample}<b>{escaped(look.label)}</b>{escaped(look.name)} <span>{share}</span></li>"
+    return f"<li>{sample}<b>{escaped(look.label)}</b><span>{escaped(look.name)} <small>{share}</small></span></li>"

@@ -97,11 +97,13 @@ class HeadedEncoder(nn.Module):
 
 def check_trainable(config: FinetuneConfig, layers: int) -> None:
     """SettingsError when nothing of an encoder whose first `layers` layers are read would be trained."""
-    if config.frozen_layers >= layers:
+    trains_embeddings = config.encoder == "trained" and config.frozen_layers == 0
+    if config.frozen_layers >= layers and not trains_embeddings:
+        fix = f"Freeze at most {layers - 1} layers" if layers else "Read a later layer (layer = 'last')"
         raise SettingsError(
             f"with {config.frozen_layers} frozen layers nothing is left to train: the head reads layer {layers}.",
-            where="frozen_layers",
-            fix=f"Freeze at most {layers - 1} layers, or keep the whole encoder frozen (encoder = 'frozen').",
+            where="frozen_layers" if layers else "layer",
+            fix=f"{fix}, or keep the whole encoder frozen (encoder = 'frozen').",
         )
 
 

@@ -241,7 +241,7 @@ def _write(bundle: Bundle, folded: Folded, lineage: Mapping[str, Any], out: Path
         weights=folded.weights,
         vocabulary=bundle.vocabulary,
         lineage={**lineage, "parent_lineage": dict(bundle.lineage)},
-        extra=head_files(folded.final.heads),
+        extra=head_files(folded.final.heads, folded.references),
     )
 
 

@@ -23,12 +23,21 @@ from genescale.platform.bundle import Bundle, write_bundle
 from genescale.platform.progress import Progress
 from genescale.platform.storage import Store, join
 from genescale.training.embedder import Embedder
+from genescale.training.evaluation.out_of_distribution import Reference
 from genescale.training.evaluation.predictions import Predictions, joined
 from genescale.training.fitting.config import FinetuneConfig
 from genescale.training.fitting.encoder_fitting import fit_encoder
 from genescale.training.fitting.epochs import Epoch, Fitted, OnEpoch
 from genescale.training.fitting.examples import Examples
-from genescale.training.fitting.frozen import fit_frozen, fit_units, held_out_scores, predict_units, predictions_of
+from genescale.training.fitting.frozen import (
+    fit_frozen,
+    fit_units,
+    fold_reference,
+    held_out_scores,
+    predict_units,
+    predictions_of,
+    whole_reference,
+)
 from genescale.training.fitting.task import Task
 from genescale.training.fitting.vectors import PRECISIONS, embed_rows
 
@@ -47,6 +56,8 @@ class Folded:
     """Encoder weights for the bundle, under their Hugging Face names."""
     note: str
     """What the heads in the bundle were fitted on, in one sentence."""
+    references: tuple[Reference, ...] = ()
+    """For each final head what its examples look like; none where the encoder was trained."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,16 +78,19 @@ def frozen_folds(
     source: Source, task: Task, vectors_rd: np.ndarray, config: FinetuneConfig, progress: Progress
 ) -> Folded:
     """Fit and predict every fold on the vectors (r, d) of the task's rows."""
-    fits, parts = [], []
+    fits, parts, usual = [], [], []
+    heads = range(len(task.specs))
     for fold, split in enumerate(task.folds.splits):
         fitted = fit_frozen(task, vectors_rd, config, fold, on_epoch=_shown(task, fold, config, progress))
         fits.append(fitted)
-        heads = range(len(task.specs))
         said = [predict_units(fitted, task, vectors_rd, split.test, head=head, fold=fold) for head in heads]
-        unlike = [held_out_scores(task, vectors_rd, head, fold) for head in heads]
+        usual.append([fold_reference(task, vectors_rd, head, fold) for head in heads])
+        unlike = [held_out_scores(task, vectors_rd, head, fold, usual=usual[-1][head]) for head in heads]
         parts.append([replace(one, out_of_distribution_u=scores) for one, scores in zip(said, unlike, strict=True)])
     final, fitted_on = fits[0], "train and validation parts" if config.refit else "train part"
+    references = usual[0]
     if task.n_folds > 1:
+        references = [whole_reference(task, vectors_rd, [of[head] for of in usual], head) for head in heads]
         epochs = median_epoch(fits)
         final = fit_units(task, vectors_rd, config, np.arange(task.n_units), epochs=epochs)
         fitted_on = f"{task.n_units:,} {task.unit} of all folds, for {epochs} epochs, the median of the folds' best"
@@ -86,6 +100,7 @@ def frozen_folds(
         final=final,
         weights=source.bundle.weights(),
         note=_note(task, fitted_on),
+        references=tuple(references),
     )
 
 

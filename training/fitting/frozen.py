@@ -5,9 +5,11 @@ Axis suffixes: `r` rows, `u` units, `d` width, `c` classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from genescale.training.evaluation.out_of_distribution import reference
+from genescale.training.evaluation.out_of_distribution import Reference, reference
 from genescale.training.evaluation.predictions import Predictions
 from genescale.training.fitting.config import FinetuneConfig
 from genescale.training.fitting.epochs import Fitted, OnEpoch, nothing
@@ -80,20 +82,46 @@ def predictions_of(task: Task, answers_rc: np.ndarray, examples: Examples, head:
     )
 
 
-def held_out_scores(task: Task, vectors_rd: np.ndarray, head: int = 0, fold: int = 0) -> np.ndarray:
+def fold_reference(task: Task, vectors_rd: np.ndarray, head: int = 0, fold: int = 0) -> Reference:
+    """The training rows of a fold say what is usual, its validation rows how far the usual lies."""
+    split, examples = task.folds.splits[fold], task.examples
+    rows, codes_r = _labelled(task, head, examples.rows_of(split.train))
+    return reference(vectors_rd[rows], codes_r, vectors_rd[examples.rows_of(split.validation)])
+
+
+def whole_reference(task: Task, vectors_rd: np.ndarray, by_fold: Sequence[Reference], head: int = 0) -> Reference:
+    """All rows say what is usual; how far it lies is said by each fold's test rows, under the reference of that fold.
+
+    A test unit stands in no row of its fold's reference, so its distances are not too small: a gene has many rows.
+    """
+    rows, codes_r = _labelled(task, head, np.arange(len(vectors_rd)))
+    far = [
+        usual.distances(vectors_rd[task.examples.rows_of(split.test)])
+        for usual, split in zip(by_fold, task.folds.splits, strict=True)
+    ]
+    return reference(vectors_rd[rows], codes_r, distances_u=np.concatenate(far))
+
+
+def held_out_scores(
+    task: Task, vectors_rd: np.ndarray, head: int = 0, fold: int = 0, *, usual: Reference | None = None
+) -> np.ndarray:
     """(u) out-of-distribution score of each test unit of a fold: a gene's is the mean over the cells it is read from.
 
-    The training rows say what is usual, the validation rows how far the usual lies (see `out_of_distribution`).
+    `usual` is what `fold_reference` made of this fold, which is done here when it is not given.
     """
+    usual = usual or fold_reference(task, vectors_rd, head, fold)
     split, examples = task.folds.splits[fold], task.examples
-    target_r, train = examples.targets[head], examples.rows_of(split.train)
-    codes_r = None
-    if task.specs[head].classes:
-        train = train[target_r[train] != NO_LABEL]
-        codes_r = target_r[train]
-    usual = reference(vectors_rd[train], codes_r, vectors_rd[examples.rows_of(split.validation)])
     rows, units = examples.rows_of(split.test), np.unique(split.test)
     return unit_means(usual.scores(vectors_rd[rows])[:, None], examples.unit_r[rows], units)[0][:, 0]
+
+
+def _labelled(task: Task, head: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """(rows with a class, their codes); for a number all rows and None."""
+    if not task.specs[head].classes:
+        return rows, None
+    target_r = task.examples.targets[head]
+    rows = rows[target_r[rows] != NO_LABEL]
+    return rows, target_r[rows]
 
 
 def training_counts(task: Task, head: int, config: FinetuneConfig) -> dict[int, np.ndarray]:

@@ -142,6 +142,8 @@ def _cell_task(corpus: Corpus, config: FinetuneConfig, width: int, store: Store)
         folds=config.folds,
         seed=config.drawing_seed,
     )
+    if listed is not None:
+        cells = _listed_only(cells, listed)
     lengths_a = corpus.cells(["length"])["length"].to_numpy()
     return Task(
         unit="cells",
@@ -156,6 +158,13 @@ def _cell_task(corpus: Corpus, config: FinetuneConfig, width: int, store: Store)
         datasets_u=np.array(cells.identity["dataset_id"].to_pylist(), dtype=str),
         source_rows_u=cells.identity["source_row"].to_numpy().astype(np.int64),
     )
+
+
+def _listed_only(cells: LabelledCells, listed: ListedParts) -> LabelledCells:
+    """The cells that the lists name: a class that only other cells have is none that the head could learn."""
+    named_n = listed.names(cells.ids_n, cells.groups_n)
+    # Lists that name no cell at all are refused when the split is made, which says what they name instead.
+    return cells.only(named_n, "in none of the lists") if named_n.any() else cells
 
 
 def _units(cells: LabelledCells, group: str) -> Units:

@@ -14,8 +14,9 @@ import numpy as np
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import InputError
 from genescale.training.embedder import TOKENS_PER_BATCH, Embedder, Precision
+from genescale.training.evaluation.out_of_distribution import Reference
 from genescale.training.heads.head import Head
-from genescale.training.heads.head_files import heads_of
+from genescale.training.heads.head_files import heads_of, references_of
 from genescale.training.heads.spec import HeadSpec
 
 CELLS_AT_ONCE = 256
@@ -28,6 +29,9 @@ class CellAnswers:
     spec: HeadSpec
     answers_nc: np.ndarray
     """(n, c) float32 probabilities, columns as in `classes`; of a number (n, 1), in its own unit."""
+    out_of_distribution_n: np.ndarray | None = None
+    """(n) share of the head's examples that are nearer to their class than this cell: 0 … 1. None where the bundle does
+    not say what its examples look like."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -67,6 +71,8 @@ class GeneAnswers:
     """(g, c) standard deviation over the cells, population form."""
     cells_g: np.ndarray
     """(g) int64 cells that the gene was read in."""
+    out_of_distribution_g: np.ndarray | None = None
+    """(g) mean over the cells, as for cells."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -80,6 +86,8 @@ class HeadModel:
 
     embedder: Embedder
     heads: tuple[Head, ...]
+    references: tuple[Reference | None, ...] = ()
+    """For each head what its examples look like; empty is as None for every head."""
 
     @property
     def specs(self) -> tuple[HeadSpec, ...]:
@@ -94,7 +102,15 @@ class HeadModel:
         self._check("cells")
         spec = self.specs[0]
         cells_nd = self.embedder.embed_cells(cells, layer=spec.layer, pooling=spec.pooling)
-        return tuple(CellAnswers(spec=head.spec, answers_nc=head.answer(cells_nd)) for head in self.heads)
+        references = self.references or (None,) * len(self.heads)
+        return tuple(
+            CellAnswers(
+                spec=head.spec,
+                answers_nc=head.answer(cells_nd),
+                out_of_distribution_n=usual.scores(cells_nd) if usual else None,
+            )
+            for head, usual in zip(self.heads, references, strict=True)
+        )
 
     def predict_genes(
         self, cells: Iterable[np.ndarray], tokens: Sequence[int] | np.ndarray | None = None
@@ -110,7 +126,11 @@ class HeadModel:
         wanted_t[vocabulary.token_ids if tokens is None else np.asarray(tokens, dtype=np.int64)] = True
         sums_tc = np.zeros((vocabulary.size, head.spec.outputs))
         squares_tc, cells_t = np.zeros_like(sums_tc), np.zeros(vocabulary.size, dtype=np.int64)
-        for found_t, answers_tc in self._gene_rows(cells, wanted_t):
+        unlike_t, usual = np.zeros(vocabulary.size), self.references[0] if self.references else None
+        for found_t, vectors_td in self._gene_rows(cells, wanted_t):
+            answers_tc = head.answer(vectors_td).astype(np.float64)
+            if usual:
+                np.add.at(unlike_t, found_t, usual.scores(vectors_td))
             np.add.at(sums_tc, found_t, answers_tc)
             np.add.at(squares_tc, found_t, answers_tc**2)
             np.add.at(cells_t, found_t, 1)
@@ -128,10 +148,11 @@ class HeadModel:
             probabilities_gc=mean_gc,
             spread_gc=np.sqrt(variance_gc),
             cells_g=cells_g,
+            out_of_distribution_g=unlike_t[tokens_g] / cells_g if usual else None,
         )
 
     def _gene_rows(self, cells: Iterable[np.ndarray], wanted_t: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(tokens, answers) of the wanted genes, cell by cell."""
+        """(tokens, vectors) of the wanted genes, cell by cell."""
         head = self.heads[0]
         waiting = iter(cells)
         while block := list(itertools.islice(waiting, CELLS_AT_ONCE)):
@@ -140,8 +161,7 @@ class HeadModel:
                     tokens_t = np.asarray(block[cell]).astype(np.int64)
                     rows = np.flatnonzero(wanted_t[tokens_t])
                     if len(rows):
-                        answers_tc = head.answer(hidden_td.cpu().numpy()[rows])
-                        yield tokens_t[rows], answers_tc.astype(np.float64)
+                        yield tokens_t[rows], hidden_td.cpu().numpy()[rows]
 
     def _check(self, unit: str) -> None:
         reads = "genes" if self.specs[0].kind == "gene_classes" else "cells"
@@ -166,7 +186,8 @@ def load_heads(
     embedder = Embedder.load(
         bundle, device=device, tokens_per_batch=tokens_per_batch, attention=attention, precision=precision
     )
-    return HeadModel(embedder=embedder, heads=tuple(head.to(embedder.device) for head in heads))
+    placed = tuple(head.to(embedder.device) for head in heads)
+    return HeadModel(embedder=embedder, heads=placed, references=references_of(bundle))
 
 
 def _labels(spec: HeadSpec, answers: np.ndarray) -> tuple[str, ...]:

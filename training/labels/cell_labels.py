@@ -90,6 +90,19 @@ class LabelledCells:
         """Classes of the first target."""
         return self.targets[0].classes
 
+    def only(self, keep_n: npt.NDArray[np.bool_], reason: str) -> LabelledCells:
+        """The cells of a mask (n), with the classes that these have; the others are counted under `reason`."""
+        index_n = np.flatnonzero(keep_n).astype(np.int64)
+        return LabelledCells(
+            index_n=self.index_n[index_n],
+            targets=tuple(_settled(target, index_n) for target in self.targets),
+            groups_n=self.groups_n[index_n],
+            ids_n=self.ids_n[index_n],
+            identity=self.identity.take(pa.array(index_n)),
+            left_out={**self.left_out, reason: int((~keep_n).sum())},
+            attributes={name: values_n[index_n] for name, values_n in self.attributes.items()},
+        )
+
 
 def labelled_cells(
     corpus: Corpus,
@@ -230,14 +243,16 @@ def _refuse_useless(target: TargetValues, sieve: _Sieve, corpus: Corpus, group: 
     """CorpusError unless there is something to learn: two classes, or two different numbers."""
     if target.kind == "classes":
         found = len(target.classes)
-        what, fix = f"{found} class(es)", "A head needs two classes or more: choose another label column."
+        what = "1 class" if found == 1 else f"{found} classes"
+        fix = "A head needs two classes or more: choose another label column, or a wider selection of cells."
     else:
         found = len(np.unique(target.values_n[target.present_n]))
-        what, fix = f"{found} different number(s)", "A head needs numbers that differ: choose another column."
+        what = "1 different number" if found == 1 else f"{found} numbers"
+        fix = "A head needs numbers that differ: choose another column, or a wider selection of cells."
     if found > 1:
         return
-    if group and sieve.left_out.get(f"no {group}", 0) > sieve.left_out.get(f"no {target.label}", 0):
-        fix = f"Column '{group}' is empty: group by another column, or split at random."
+    if group and sieve.left_out.get(f"no {group}", 0) > sieve.keep_a.sum():
+        fix = f"Column '{group}' is empty in most cells: group by another column, or split at random."
     raise CorpusError(
         f"column '{target.label}' gives {what} in {sieve.table.num_rows:,} cells ({_reasons(sieve)}).",
         where=f"{corpus.uri}@{corpus.version}",

@@ -125,9 +125,9 @@ def _refuse_conflicts(
         gene = vocabulary.gene_of_token(token)
         written = ", ".join(f"'{name}' in {classes[code]}" for code, name in codes.items())
         shown.append(f"{gene} ({vocabulary.symbol_of(gene)}): {written}")
-    ids = ",".join(vocabulary.gene_of_token(token) for token in doubled)
+    ids = ",".join(vocabulary.gene_of_token(token) for token in doubled) if len(doubled) <= _SHOWN else "ID,ID,…"
     raise InputError(
-        f"{len(doubled)} gene(s) stand in two classes: {'; '.join(shown)}{'; …' if len(doubled) > _SHOWN else ''}.",
+        f"{len(doubled):,} gene(s) stand in two classes: {'; '.join(shown)}{'; …' if len(doubled) > _SHOWN else ''}.",
         where=where,
         fix=f"Decide for one class in the lists, or leave such genes out: add ';without={ids}' to the address"
         f"{'' if '#' in where else ', after a #'}.",

@@ -72,6 +72,11 @@ class ListedParts:
                 fix="Name each id in one part, once.",
             )
 
+    def names(self, ids_u: npt.NDArray[Any], groups_u: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """(u) whether a list names the unit, or its group where the lists name groups."""
+        listed = [unit for ids in self.ids.values() for unit in ids]
+        return np.isin((groups_u if self.key else ids_u).astype(str), np.array(listed, dtype=str))
+
 
 def read_id_lists(uri: str, store: Store, *, fold: int = 0) -> ListedParts:
     """Read the parts of one split (of fold number `fold`, where a table has several); InputError for other contents."""

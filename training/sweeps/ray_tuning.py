@@ -32,7 +32,7 @@ from genescale.platform.storage import join
 from genescale.training.sweeps.sampling import Drawing
 from genescale.training.sweeps.sweep_spec import SweepConfig, TuneSpec
 from genescale.training.sweeps.trial import SCORE, STEP, TrialHook, TrialInputs, run_trial
-from genescale.training.sweeps.trial_records import SweepFolder, Trial, advanced
+from genescale.training.sweeps.trial_records import Status, SweepFolder, Trial, advanced
 
 STATE = "ray"
 """Folder of Ray Tune's own files, inside the sweep's; gone when the trials are done."""
@@ -79,7 +79,7 @@ class Trials:
 
     def over(self, number: int, *, stopped: bool = False, error: str = "") -> None:
         """A trial has ended."""
-        status = "failed" if error else "stopped" if stopped else "finished"
+        status: Status = "failed" if error else "stopped" if stopped else "finished"
         trial = self.keep(replace(self.by_number[number], status=status, error=error))
         self.keep(self.on_end(trial))
         note = f"{trial.name} failed" if error else f"{trial.name} scored {trial.score or 0:.3f}"
@@ -167,9 +167,9 @@ def scheduler_of(spec: TuneSpec, folds: int, done: list[Trial]) -> TrialSchedule
     )
     for trial in done:
         known: Any = _Known(trial.name)
-        scheduler.on_trial_add(None, known)  # type: ignore[arg-type]
+        scheduler.on_trial_add(None, known)
         for step, score in trial.steps:
-            scheduler.on_trial_result(None, known, {STEP: step, SCORE: score})  # type: ignore[arg-type]
+            scheduler.on_trial_result(None, known, {STEP: step, SCORE: score})
     return scheduler
 
 

@@ -24,6 +24,8 @@ class TrialRuns:
 
     def __init__(self, tracker: Tracker, parent: Run, folder: SweepFolder) -> None:
         self.tracker, self.parent, self.folder = tracker, parent, folder
+        # A kill may have come between the making of a run and the note of its id.
+        self.begun = tracker.children(parent.id)
 
     def record(self, trial: Trial) -> Trial:
         """Record an ended trial unless that is done; unchanged when the tracker is away."""
@@ -39,9 +41,8 @@ class TrialRuns:
         tags = {"stage": "trial", "trial": trial.name, "status": trial.status}
         if trial.error:
             tags["error"] = trial.error[:500]
-        run = self.tracker.run(
-            trial.name, params=dict(trial.sample), tags=tags, parent=self.parent.id, resume=trial.run_id
-        )
+        begun = trial.run_id or self.begun.get(trial.name, "")
+        run = self.tracker.run(trial.name, params=dict(trial.sample), tags=tags, parent=self.parent.id, resume=begun)
         with run as child:
             trial = replace(trial, run_id=child.id)
             self.folder.keep(trial)
@@ -91,7 +92,7 @@ class _OneRun:
         resume: str = "",
     ) -> Iterator[Run]:
         """The run that was begun before, or a new one that is remembered."""
-        begun = resume or self._run_id
+        begun = resume or self._run_id or (self._tracker.children(parent).get(name, "") if parent else "")
         with self._tracker.run(name, params=params, tags=tags, parent=parent, resume=begun) as run:
             if run.id != self._run_id:
                 self._folder.tracked_as(self._name, run.id)

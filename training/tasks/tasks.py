@@ -9,6 +9,7 @@ user's file of gene lists is read (`[genes]`), and the settings of the fit (`[fi
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,15 +96,26 @@ class ReadyTask:
         values = self.values(genes=genes, as_published=as_published, changes=changes)
         return build(FinetuneConfig, values, where=f"task {self.name}")
 
-    def text(self) -> str:
-        """The task for a terminal."""
+    def text(self, width: int = 120) -> str:
+        """The task for a terminal that is `width` columns wide."""
         rows = (
             ("question", self.question),
             ("labels", self.lists),
             ("cells", self.cells),
             ("published", self.published),
         )
-        return "\n".join([f"{self.name}: {self.title}", *(f"  {name}: {value}" for name, value in rows)])
+        lines = [
+            textwrap.fill(
+                value,
+                max(width, 40),
+                initial_indent=f"  {name:<9}  ",
+                subsequent_indent=" " * 13,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for name, value in rows
+        ]
+        return "\n".join([f"{self.name}: {self.title}", *lines])
 
 
 def task_names() -> list[str]:
