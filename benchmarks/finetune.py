@@ -1,7 +1,7 @@
 """How fast heads are fitted, against `transformers`' BertForSequenceClassification under the published way.
 
-    make bench NAME=finetune                          all parts, about six minutes on two cores
-    make bench NAME=finetune ARGS=--quick             less than a minute on two quiet cores
+    make bench NAME=finetune                          all parts, about ten minutes on two cores
+    make bench NAME=finetune ARGS=--quick             about a minute on two quiet cores
     make bench NAME=finetune ARGS="--only sweep"      one part; --device cuda for a GPU
 
 finetune   an encoder of the published 6-layer size is trained with a head from the same weights, on the same cells of

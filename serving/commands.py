@@ -1,4 +1,4 @@
-"""`genescale serve`: answer embeddings and perturbations over HTTP until it is told to stop."""
+"""`genescale serve`: answer embeddings, perturbations and classes over HTTP until it is told to stop."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genescale.platform.cli import begin, command_parser
@@ -88,14 +89,17 @@ def serving_config(arguments: argparse.Namespace, environment: Mapping[str, str]
 
 def greeting(running: RunningService) -> str:
     """What is served, where, and a first question to try."""
+    from genescale.serving.facts import HEAD_FILE
+
     release, url = running.release, running.url
     key = " \\\n    -H 'Authorization: Bearer '$KEY" if running.config.api_keys else ""
     body = '{"cells": [{"counts": {"GATA4": 3, "TTN": 41}}]}'
+    question = "classify" if Path(release.folder, HEAD_FILE).is_file() else "embeddings"
     return "\n".join(
         [
             f"serving {release.name} version {release.version} ({release.digest[:12]}) at {url}",
             f"  documentation {url}/docs   facts and limits {url}/v1/info",
-            f"  curl {url}/v1/embeddings{key} \\\n    -H 'Content-Type: application/json' \\\n    -d '{body}'",
+            f"  curl {url}/v1/{question}{key} \\\n    -H 'Content-Type: application/json' \\\n    -d '{body}'",
             "Ctrl-C stops it.",
         ]
     )
@@ -117,7 +121,7 @@ def termination_interrupts() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("serve", "Answer embeddings and perturbations over HTTP.", epilog=EPILOG)
+    parser = command_parser("serve", "Answer embeddings, perturbations and classes over HTTP.", epilog=EPILOG)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="what to serve (see below)")
     parser.add_argument("--config", metavar="FILE", help="TOML file with fields of the serving config")
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1; 0.0.0.0 for all)")

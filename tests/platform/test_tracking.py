@@ -203,6 +203,17 @@ def test_a_run_is_gone_on_with(tracker: Tracker) -> None:
         assert new.id not in ("0" * 32, run.id)
 
 
+def test_the_runs_below_a_run_are_found_by_name(tracker: Tracker) -> None:
+    with tracker.run("sweep") as parent, tracker.run("other") as other:
+        assert tracker.children(parent.id) == {}
+        ids = {}
+        for name, above in (("trial-0", parent), ("trial-1", parent), ("trial-0", parent), ("winner", other)):
+            with tracker.run(name, parent=above.id) as child:
+                ids.setdefault(above.id, {}).setdefault(name, child.id)
+    assert tracker.children(parent.id) == ids[parent.id]
+    assert tracker.children(other.id) == {"winner": ids[other.id]["winner"]}
+
+
 def test_an_alias_moves_and_versions_stay(tracker: Tracker, bundle: Bundle, other_bundle: Bundle, model: str) -> None:
     first = _registered(tracker, bundle, model, aliases=["best"])
     second = _registered(tracker, other_bundle, model)
