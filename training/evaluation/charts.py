@@ -6,11 +6,13 @@ Axes are chosen from the data with round ticks; every number also stands in a ta
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from genescale.ingestion.reports.report_figures import escaped
 
+Place = Callable[[float], float]
+"""From a value to its place along an axis of the drawing."""
 # Colour of a series on a light and on a dark page (Okabe and Ito, told apart with any colour vision), and its dashes.
 LOOKS = (
     ("#0072B2", "#56B4E9", ""),
@@ -95,7 +97,7 @@ def mark_rows(rows: Sequence[MarkRow], series: Sequence[str], *, axis_title: str
     )
 
 
-def _row(row: MarkRow, y: float, at, series: Sequence[str]) -> str:  # type: ignore[no-untyped-def]
+def _row(row: MarkRow, y: float, at: Place, series: Sequence[str]) -> str:
     shown = row.name if len(row.name) <= MOST_NAME else f"{row.name[: MOST_NAME - 1]}…"
     text = (
         f'<text x="{NAMES - 62:g}" y="{y + 4:.1f}" text-anchor="end">{escaped(shown)}'
@@ -164,7 +166,7 @@ def log_lines(lines: Sequence[Line], *, x_title: str, y_title: str, label: str) 
     )
 
 
-def _spaced(xs: Sequence[float], across) -> list[float]:  # type: ignore[no-untyped-def]
+def _spaced(xs: Sequence[float], across: Place) -> list[float]:
     """The sizes whose labels have room, from the largest down."""
     shown: list[float] = []
     for x in reversed(xs):
@@ -173,7 +175,7 @@ def _spaced(xs: Sequence[float], across) -> list[float]:  # type: ignore[no-unty
     return shown
 
 
-def _line(number: int, line: Line, across, up) -> str:  # type: ignore[no-untyped-def]
+def _line(number: int, line: Line, across: Place, up: Place) -> str:
     look = number % len(LOOKS)
     places = [(across(x), up(mean)) for x, mean, *_ in line.points]
     dashes = f' stroke-dasharray="{LOOKS[look][2]}"' if LOOKS[look][2] else ""
