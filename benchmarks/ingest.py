@@ -51,6 +51,7 @@ from genescale.ingestion.plan import MAX_UNIT_CELLS, ReadConfig, Unit, cut
 from genescale.ingestion.ranking.kernel import rank_rows
 from genescale.ingestion.tally import Tally
 from genescale.ingestion.tokenise import write_part
+from genescale.platform.cluster import quiet_environment
 from genescale.platform.settings import ClusterSettings, Settings, StorageSettings
 from genescale.platform.storage import Store
 
@@ -93,6 +94,7 @@ def main() -> int:
     chosen = arguments.only or [name for name in PARTS if name not in left_out]
     with tempfile.TemporaryDirectory(prefix="genescale-bench-") as folder:
         bench = Bench(space, CellSource(space), Path(folder), arguments.quick)
+        quiet_environment()  # as every command does
         rows = [measured("Gene columns of the input", space.n_genes, "genes", note=space.origin)]
         for name in chosen:
             print(f"… {name}", file=sys.stderr, flush=True)
