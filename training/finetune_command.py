@@ -64,7 +64,7 @@ def finetune(argv: Sequence[str]) -> int:
             question=task.question if task else "",
             run_home=arguments.state,
             model_name=arguments.name,
-            aliases=arguments.alias,
+            aliases=arguments.alias or ["newest"],
             progress=progress,
         )
     print_result(result)

@@ -35,7 +35,7 @@ def add_head_outputs(parser: argparse.ArgumentParser, folder: str) -> None:
     )
     parser.add_argument("--embeddings", default="", metavar="URI", help="reuse what `genescale embed` wrote there")
     parser.add_argument("--name", default="", metavar="NAME", help="register the model under this name")
-    parser.add_argument("--alias", action="append", default=[], help="alias of the registered version (repeatable)")
+    parser.add_argument("--alias", action="append", default=[], help="alias of that version (default newest)")
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def tune(argv: Sequence[str]) -> int:
             embeddings_uri=arguments.embeddings,
             baselines=None if arguments.no_baselines else BaselineConfig(),
             model_name=arguments.name,
-            aliases=arguments.alias,
+            aliases=arguments.alias or ["newest"],
             model_reference=arguments.model,
             progress=progress,
         )
