@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from genescale.perturbation.results import ScreenReport
+    from genescale.perturbation.screening.results import ScreenReport
     from genescale.platform.storage import Store
 
 EPILOG = """\
@@ -34,8 +34,8 @@ def perturb(argv: Sequence[str]) -> int:
     from pathlib import Path
 
     from genescale.ingestion.corpus import Corpus
-    from genescale.perturbation.plan import check_genes
-    from genescale.perturbation.screen import read_screen, screen
+    from genescale.perturbation.screening.plan import check_genes
+    from genescale.perturbation.screening.screen import read_screen, screen
     from genescale.platform.cluster import ray_cluster
     from genescale.platform.progress import stage
     from genescale.platform.storage import Store
@@ -95,8 +95,8 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _config(arguments: argparse.Namespace) -> Any:
-    from genescale.perturbation.edits import parse_kind
-    from genescale.perturbation.plan import ScreenConfig
+    from genescale.perturbation.editing.edits import parse_kind
+    from genescale.perturbation.screening.plan import ScreenConfig
     from genescale.platform.settings import build
 
     every_gene = tuple(arguments.gene_shifts) == ("all",)
@@ -117,7 +117,7 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 
 def _write_figure(shifts: pl.DataFrame, address: str, top: int, store: Store) -> None:
-    from genescale.perturbation.report import draw_screen, png
+    from genescale.perturbation.reports.figures import draw_screen, png
 
     store.write(address, png(draw_screen(shifts, top=top)))
 
@@ -126,13 +126,13 @@ def _print_json(report: ScreenReport, shifts: pl.DataFrame) -> None:
     import dataclasses
     import json
 
-    from genescale.perturbation.statistics import summarise
+    from genescale.perturbation.statistics.effects import summarise
 
     print(json.dumps({**dataclasses.asdict(report), "summary": summarise(shifts).to_dicts()}, indent=2))
 
 
 def _print_summary(report: ScreenReport, shifts: pl.DataFrame, arguments: argparse.Namespace) -> None:
-    from genescale.perturbation.statistics import summarise
+    from genescale.perturbation.statistics.effects import summarise
 
     print(
         f"{report.n_pairs:,} pairs of {report.n_cells:,} cells and {report.n_edits:,} edits: {report.n_edited:,} "

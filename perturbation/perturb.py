@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from genescale.perturbation import shift
-from genescale.perturbation.edits import Edit, Kind, delete, gene_span, overexpress, parse_kind
-from genescale.perturbation.shift import Measure
+from genescale.perturbation.editing.edits import Edit, Kind, delete, gene_span, overexpress, parse_kind
+from genescale.perturbation.readouts import shift
+from genescale.perturbation.readouts.shift import Measure
 from genescale.platform.errors import InputError
 from genescale.platform.vocabulary import Vocabulary
 

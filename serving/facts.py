@@ -7,8 +7,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import get_args
 
-from genescale.perturbation.edits import KINDS
-from genescale.perturbation.shift import MEASURES
+from genescale.perturbation.editing.edits import KINDS
+from genescale.perturbation.readouts.shift import MEASURES
 from genescale.platform.bundle import Bundle
 from genescale.serving.config import ServingConfig
 from genescale.serving.release import Release

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# The same names as in training.embedder and perturbation.shift; a test compares them. Written out here, because the
-# HTTP side must not import torch.
+# The same names as in training.embedder and perturbation.readouts.shift; a test compares them. Written out here,
+# because the HTTP side must not import torch.
 Layer = Literal["last", "second_to_last"]
 Pooling = Literal["mean_genes", "cls"]
 Measure = Literal["remaining_genes", "cls", "mean_pooled"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from genescale.perturbation.results import read_screen
+from genescale.perturbation.screening.results import read_screen
 from genescale.platform.errors import IntegrityError
 from genescale.platform.progress import Progress
 from genescale.serving.app import service

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from genescale.perturbation.report import draw_screen
-from genescale.perturbation.results import read_screen
+from genescale.perturbation.reports.figures import draw_screen
+from genescale.perturbation.screening.results import read_screen
 from genescale.platform.progress import Progress, clock
 from genescale.serving.demo import figures
 from genescale.serving.demo.page import Page, shown

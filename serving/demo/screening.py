@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from genescale.perturbation.plan import ScreenConfig
-from genescale.perturbation.results import read_screen
-from genescale.perturbation.screen import screen
+from genescale.perturbation.screening.plan import ScreenConfig
+from genescale.perturbation.screening.results import read_screen
+from genescale.perturbation.screening.screen import screen
 from genescale.platform.progress import Progress
 from genescale.serving.demo import figures
 from genescale.serving.demo.page import Page

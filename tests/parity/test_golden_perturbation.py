@@ -19,9 +19,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from genescale.perturbation.edits import Kind
+from genescale.perturbation.editing.edits import Kind
 from genescale.perturbation.perturb import EditAnswer, EditRequest, perturb_cell, perturb_cells
-from genescale.perturbation.shift import Measure
+from genescale.perturbation.readouts.shift import Measure
 from genescale.platform.bundle import adopt_checkpoint
 from genescale.platform.settings import StorageSettings
 from genescale.platform.storage import Store

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genescale.perturbation.edits import KINDS, Edit, delete, gene_span, overexpress, parse_kind
+from genescale.perturbation.editing.edits import KINDS, Edit, delete, gene_span, overexpress, parse_kind
 from genescale.platform.errors import InputError
 from genescale.platform.vocabulary import Vocabulary
 

@@ -9,7 +9,7 @@ import pytest
 
 from genescale.perturbation import perturb
 from genescale.perturbation.perturb import EditAnswer, EditRequest, perturb_cell, perturb_cells
-from genescale.perturbation.shift import Measure
+from genescale.perturbation.readouts.shift import Measure
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import InputError
 from genescale.platform.vocabulary import Vocabulary

@@ -9,7 +9,7 @@ import pytest
 
 from genescale.ingestion.corpus import Corpus
 from genescale.perturbation import plan as plans
-from genescale.perturbation.plan import ScreenConfig, choose_cells, cut_units, make_plan
+from genescale.perturbation.screening.plan import ScreenConfig, choose_cells, cut_units, make_plan
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import (
     CorpusError,

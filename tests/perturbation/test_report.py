@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from genescale.perturbation.report import draw_screen, png, ranked_genes, shifts_by_cell_type
+from genescale.perturbation.reports.figures import draw_screen, png, ranked_genes, shifts_by_cell_type
 from genescale.platform.errors import InputError
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from genescale.ingestion.corpus import Corpus
 from genescale.perturbation.perturb import EditRequest, perturb_cell
-from genescale.perturbation.screen import ScreenConfig, read_screen, screen, summarise
+from genescale.perturbation.screening.screen import ScreenConfig, read_screen, screen, summarise
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import InputError, IntegrityError, LimitError, NotFoundError
 from genescale.platform.storage import Store

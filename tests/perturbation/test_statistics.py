@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from genescale.perturbation.moments import Moments, fold, merge, observed
-from genescale.perturbation.statistics import summarise
+from genescale.perturbation.screening.moments import Moments, fold, merge, observed
+from genescale.perturbation.statistics.effects import summarise
 from genescale.platform.errors import InputError
 
 

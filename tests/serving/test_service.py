@@ -129,7 +129,7 @@ def test_a_screen_and_the_service_agree_on_the_same_cells_bit_for_bit(
     tmp_path: Path,
     kind: Any,
 ) -> None:
-    from genescale.perturbation.screen import ScreenConfig, read_screen, screen
+    from genescale.perturbation.screening.screen import ScreenConfig, read_screen, screen
 
     cells, genes = [draw_cell(seed, n) for seed, n in enumerate((20, 46, 100))], ("GENE1", "GENE7", "GENE50")
     corpus = write_corpus(str(tmp_path / "corpus"), bundle.vocabulary, local_store, [tokens_of(cell) for cell in cells])

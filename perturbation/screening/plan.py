@@ -19,8 +19,8 @@ import numpy as np
 import polars as pl
 
 from genescale.ingestion.corpus import Corpus
-from genescale.perturbation.edits import Kind, parse_kind
-from genescale.perturbation.shift import MEASURES, Measure, check_measure, checked_goal
+from genescale.perturbation.editing.edits import Kind, parse_kind
+from genescale.perturbation.readouts.shift import MEASURES, Measure, check_measure, checked_goal
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import CorpusError, LimitError, SettingsError, did_you_mean
 from genescale.platform.vocabulary import Vocabulary

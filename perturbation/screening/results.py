@@ -24,9 +24,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from genescale.perturbation.moments import Moments
 from genescale.perturbation.perturb import EditAnswer
-from genescale.perturbation.plan import SCREEN_SCHEMA_VERSION, Plan, edit_id, edit_symbol
+from genescale.perturbation.screening.moments import Moments
+from genescale.perturbation.screening.plan import SCREEN_SCHEMA_VERSION, Plan, edit_id, edit_symbol
 from genescale.platform.errors import AlreadyExistsError, InputError, IntegrityError, NotFoundError
 from genescale.platform.storage import Store, join
 from genescale.platform.vocabulary import Vocabulary

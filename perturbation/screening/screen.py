@@ -25,16 +25,16 @@ import ray.exceptions
 import torch
 
 from genescale.ingestion.corpus import Corpus
-from genescale.perturbation import results
-from genescale.perturbation.moments import Moments, fold, merge, observed
 from genescale.perturbation.perturb import CellEmbedder, EditAnswer, EditRequest, perturb_cells
-from genescale.perturbation.plan import Plan, make_plan
-from genescale.perturbation.plan import ScreenConfig as ScreenConfig
-from genescale.perturbation.results import Screen as Screen
-from genescale.perturbation.results import ScreenReport as ScreenReport
-from genescale.perturbation.results import outcome_of, unit_file
-from genescale.perturbation.results import read_screen as read_screen
-from genescale.perturbation.statistics import summarise as summarise
+from genescale.perturbation.screening import results
+from genescale.perturbation.screening.moments import Moments, fold, merge, observed
+from genescale.perturbation.screening.plan import Plan, make_plan
+from genescale.perturbation.screening.plan import ScreenConfig as ScreenConfig
+from genescale.perturbation.screening.results import Screen as Screen
+from genescale.perturbation.screening.results import ScreenReport as ScreenReport
+from genescale.perturbation.screening.results import outcome_of, unit_file
+from genescale.perturbation.screening.results import read_screen as read_screen
+from genescale.perturbation.statistics.effects import summarise as summarise
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import ClusterError, GenescaleError, SettingsError
 from genescale.platform.progress import SILENT, Progress

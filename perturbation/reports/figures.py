@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from genescale.perturbation.statistics import summarise
+from genescale.perturbation.statistics.effects import summarise
 from genescale.platform.errors import InputError
 
 BLUE, GREY, PALE = "#0072B2", "#555555", "#E8E8E8"
