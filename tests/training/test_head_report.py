@@ -232,6 +232,8 @@ def test_metrics_without_a_value_do_not_break_the_page(tmp_path: Path) -> None:
     page, told, _ = written(tmp_path, [measured(one)], [one], [[baseline(one)]])
     assert told["heads"][0]["estimates"]["roc_auc"] is None
     assert "there are no curves" in page.text
+    assert "All 30 held-out cells are 'class & 0'" in page.text
+    assert "best baseline" not in page.text
     constant = replace(one, probabilities_uc=np.tile([0.5, 0.5], (30, 1)), true_u=np.arange(30) % 2)
     page, _, _ = written(tmp_path, [measured(constant)], [constant])
     assert "ROC AUC 0.500" in page.text

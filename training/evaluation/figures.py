@@ -43,7 +43,8 @@ def curve_figure(curves: Curves, *, x_title: str, y_title: str, label: str, diag
     chance = (
         _line(0, 0, 1, 1, "chance")
         if diagonal
-        else _line(0, curves.base, 1, curves.base, "chance") + _text(0.99, curves.base, "chance", anchor="end", dy=-5)
+        else _line(0, curves.base, 1, curves.base, "chance")
+        + _text(0.01, curves.base, "chance", anchor="start", dy=-5 if curves.base < 0.1 else 12)
     )
     several = len(curves.single) > 1
     faint = "".join(_path(curve, "faint q0") for curve in curves.single) if several else ""

@@ -63,7 +63,9 @@ def headline_json(evaluation: Evaluation, baselines: Sequence[Baseline]) -> dict
 
 
 def verdict(evaluation: Evaluation, baselines: Sequence[Baseline]) -> str:
-    """One sentence on the head, one on the best baseline, and four numbers."""
+    """One sentence on the head, one on the best baseline, four numbers; with one class held out, why there are none."""
+    if only := _only_class(evaluation):
+        return f'<div class="verdict open">{escaped(_one_class(only, evaluation))}</div>'
     told, name = headline_json(evaluation, baselines), METRIC_NAMES[evaluation.headline]
     sure = span(evaluation.intervals.intervals.get(evaluation.headline))
     text = f"{name} {metric(evaluation[evaluation.headline])}" + (f" (95 %: {sure})" if sure else "") + ". "
@@ -81,6 +83,23 @@ def verdict(evaluation: Evaluation, baselines: Sequence[Baseline]) -> str:
     tiles = [(evaluation.headline, evaluation[evaluation.headline]), *((m, evaluation[m]) for m in shown)]
     drawn = "".join(f"<div><b>{metric(value)}</b><span>{METRIC_NAMES[m]}</span></div>" for m, value in tiles)
     return f'<div class="verdict {kind}">{escaped(text)}</div><div class="tiles">{drawn}</div>'
+
+
+def _only_class(evaluation: Evaluation) -> str:
+    """The class of all held-out units where they are all of one; else empty."""
+    held_c = evaluation.confusion_cc.sum(axis=1)
+    if evaluation.kind != "classes" or (held_c > 0).sum() != 1:
+        return ""
+    return evaluation.classes[int(held_c.argmax())]
+
+
+def _one_class(only: str, evaluation: Evaluation) -> str:
+    return (
+        f"All {evaluation.units:,} held-out {evaluation.unit} are '{only}': accuracy is "
+        f"{metric(evaluation['accuracy'])}, but "
+        "whether the classes are told apart cannot be seen in this test part. Hold out more groups, or use "
+        f'split = "balanced" with balance = ["{evaluation.label}"].'
+    )
 
 
 def against_baselines(evaluation: Evaluation, baselines: Sequence[Baseline]) -> str:

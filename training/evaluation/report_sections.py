@@ -152,7 +152,8 @@ def _groups(evaluation: Evaluation) -> str:
     names = ["accuracy", "macro F1"] if by_class else ["mean absolute error", "bias (mean error)"]
     values = np.array([row[keys[0]] for row in rows])
     text = (
-        f"{len(rows)} held-out groups. {names[0].capitalize()}: {values.min():.3f} to {values.max():.3f}, median "
+        f"{len(rows)} held-out group{'s' if len(rows) > 1 else ''}. "
+        f"{names[0].capitalize()}: {values.min():.3f} to {values.max():.3f}, median "
         f"{np.median(values):.3f}"
         + (f", standard deviation {values.std(ddof=1):.3f}." if len(values) > 1 else ".")
         + (" Macro F1 of a group is over the classes that occur in it." if by_class else "")
