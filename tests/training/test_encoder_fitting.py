@@ -241,6 +241,32 @@ def test_the_loss_is_the_weighted_mean_over_the_rows_of_the_whole_step(
     assert engine.gradient_norm() == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-4)
 
 
+def test_genes_are_left_out_of_training_cells(tiny_bundle: Bundle, tiny_corpus: Corpus) -> None:
+    train, validation = parts(labelled(tiny_corpus))
+    config = dataclasses.replace(CONFIG, epochs=2, gene_dropout=0.4)
+    heads: Any = list(model_of(tiny_bundle).heads)
+    plan = FitPlan(config, heads, train, validation, tiny_bundle.vocabulary, reader(tiny_corpus))
+    source = ExampleCells(train, tiny_bundle.vocabulary, reader(tiny_corpus))
+    specials = set(tiny_bundle.vocabulary.special.values())
+    left: dict[int, list[list[int]]] = {}
+    for batch in plan.batches(source, rank=0, workers=1, first=0):
+        for lane in batch.micro_batches:
+            cells = torch.split(lane.packed.tokens_t, list(lane.packed.lengths))  # type: ignore[attr-defined]
+            for row, cell in zip(lane.rows.tolist(), cells, strict=False):  # type: ignore[attr-defined]
+                left.setdefault(int(train.row_cell_r[row]), []).append(cell.tolist())
+    shares = []
+    for number, (first, second) in left.items():
+        whole = source.tokens([number])[0].tolist()
+        for cell in (first, second):
+            assert [token for token in whole if token in set(cell)] == cell
+            assert [token for token in whole if token in specials] == [token for token in cell if token in specials]
+        shares += [
+            (len(whole) - len(cell)) / (len(whole) - len(specials.intersection(whole))) for cell in (first, second)
+        ]
+    assert any(first != second for first, second in left.values())
+    assert np.mean(shares) == pytest.approx(0.4, abs=0.1)
+
+
 def test_global_batches_are_the_same_for_any_number_of_workers(tiny_bundle: Bundle, tiny_corpus: Corpus) -> None:
     train, validation = parts(labelled(tiny_corpus))
     config = dataclasses.replace(CONFIG, lanes=4, epochs=2)

@@ -96,6 +96,8 @@ class FinetuneConfig:
     """`balanced` weighs a class by the inverse of its training examples."""
     label_smoothing: float = 0.0
     """Part of each label that is spread over all classes in training."""
+    gene_dropout: float = 0.0
+    """Share of a cell's genes that is left out at random, each time a trained encoder learns from the cell."""
 
     # How it is fitted.
     encoder: Literal["frozen", "trained", "lora"] = "frozen"
@@ -172,7 +174,7 @@ class FinetuneConfig:
         for name in ("learning_rate", "encoder_learning_rate", "gradient_clip", "lora_alpha"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise SettingsError(f"{getattr(self, name)} is out of range.", where=name, fix="Use more than 0.")
-        for name in ("warmup_fraction", "dropout", "lora_dropout", "label_smoothing"):
+        for name in ("warmup_fraction", "dropout", "lora_dropout", "label_smoothing", "gene_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingsError(f"{getattr(self, name)} is out of range.", where=name, fix="Use 0 up to below 1.")
         if self.folds == 1:
@@ -221,6 +223,12 @@ class FinetuneConfig:
                 "several workers train an encoder, and this one is frozen.",
                 where="workers",
                 fix="Set encoder = 'trained' or 'lora' as well, or workers = 1.",
+            )
+        if self.gene_dropout and (self.encoder == "frozen" or self.unit == "genes"):
+            raise SettingsError(
+                "genes are left out of cells whose own class or number trains the encoder.",
+                where="gene_dropout",
+                fix="Set gene_dropout = 0.",
             )
         if self.encoder != "frozen" and self.head == "nearest":
             raise SettingsError(

@@ -72,9 +72,15 @@ class LabelledCells:
     """Cells with the rows that are read from each: makes micro-batches."""
 
     def __init__(
-        self, examples: Examples, specs: Sequence[HeadSpec], weights_hr: np.ndarray, specials: Sequence[int]
+        self,
+        examples: Examples,
+        specs: Sequence[HeadSpec],
+        weights_hr: np.ndarray,
+        specials: Sequence[int],
+        *,
+        gene_dropout: float = 0.0,
     ) -> None:
-        self.examples, self.weights_hr = examples, weights_hr
+        self.examples, self.weights_hr, self.gene_dropout = examples, weights_hr, gene_dropout
         self._pooling, self._specials = specs[0].pooling, np.array(sorted(specials))
         self._targets = target_tensors(examples.targets)
         self._rows_by_cell = np.argsort(examples.row_cell_r, kind="stable")
@@ -87,13 +93,28 @@ class LabelledCells:
     def step(self, source: CellSource, planned: PlannedStep, seed: int) -> StepBatch:
         """Read and pack the cells of a step."""
         cells = iter(source.tokens(np.concatenate(planned.lanes)))
+        places = zip(planned.lanes, planned.dropout_seeds(seed), strict=True)
         lanes = [
-            self.lane([next(cells) for _ in chosen], chosen, dropout_seed)
-            for chosen, dropout_seed in zip(planned.lanes, planned.dropout_seeds(seed), strict=True)
+            self.lane(self._thinned([next(cells) for _ in chosen], dropout_seed), chosen, dropout_seed)
+            for chosen, dropout_seed in places
         ]
-        lengths = source.lengths[planned.all_cells].astype(np.int64)
+        # What is left of the cells of all workers, on average: for the meter.
+        lengths = (source.lengths[planned.all_cells] * (1 - self.gene_dropout)).astype(np.int64)
         weight = float(self.weight_n[planned.all_cells].sum())
         return StepBatch(planned.number, planned.epoch, lanes, 0, int(lengths.sum()), int((lengths**2).sum()), weight)
+
+    def _thinned(self, cells: Sequence[np.ndarray], seed: int) -> Sequence[np.ndarray]:
+        """The cells without a random share of their genes; one gene at least stays in each."""
+        if not self.gene_dropout:
+            return cells
+        draws = np.random.default_rng(seed)
+        return [cell[self._kept(cell, draws)] for cell in cells]
+
+    def _kept(self, cell: np.ndarray, draws: np.random.Generator) -> npt.NDArray[np.bool_]:
+        odds = draws.random(len(cell))
+        is_gene = ~np.isin(cell, self._specials)
+        least = odds[is_gene].min(initial=1.0)
+        return ~is_gene | (odds >= self.gene_dropout) | (odds == least)
 
     def lane(self, cells: Sequence[np.ndarray], chosen: np.ndarray, dropout_seed: int = 0) -> LabelledBatch:
         """Pack these cells; `chosen` are their positions among the examples' cells."""
@@ -221,7 +242,8 @@ class FitPlan:
     ) -> None:
         self._config, self._heads = config, heads
         specs, specials = [head.spec for head in heads], sorted(vocabulary.special.values())
-        self._train = LabelledCells(train, specs, all_row_weights(train.targets, specs, config), specials)
+        weights_hr = all_row_weights(train.targets, specs, config)
+        self._train = LabelledCells(train, specs, weights_hr, specials, gene_dropout=config.gene_dropout)
         unweighted = np.zeros((len(specs), validation.n_rows), dtype=np.float32)
         self._validation = LabelledCells(validation, specs, unweighted, specials)
         self._validation_source = ExampleCells(validation, vocabulary, cells_of)
