@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genescale.perturbation.editing.edits import KINDS, Edit, delete, gene_span, overexpress, parse_kind
+from genescale.perturbation.editing.cell import Cell, gene_span
+from genescale.perturbation.editing.edits import Edit, apply, delete, overexpress
+from genescale.perturbation.editing.requests import KINDS, EditRequest, parse_kind
 from genescale.platform.errors import InputError
 from genescale.platform.vocabulary import Vocabulary
 
@@ -155,10 +157,8 @@ def test_tokens_that_are_no_cell_are_refused(tokens: np.ndarray, said: str) -> N
 
 
 def test_kinds_are_a_closed_set() -> None:
-    assert KINDS == ("delete", "overexpress")
-    assert parse_kind("delete") == "delete"
-    with pytest.raises(InputError, match="'inhibit' is not available yet"):
-        parse_kind("inhibit")
+    assert KINDS == ("delete", "overexpress", "inhibit", "activate", "replace")
+    assert [parse_kind(kind) for kind in KINDS] == list(KINDS)
     with pytest.raises(InputError, match="Did you mean 'delete'"):
         parse_kind("delet")
 
@@ -167,6 +167,22 @@ def test_gene_span_leaves_out_the_frame() -> None:
     assert gene_span(cell(2, 10, 11, 3), FRAMED) == slice(1, 3)
     assert gene_span(cell(10, 11), BARE) == slice(0, 2)
     assert gene_span(cell(2, 3), FRAMED) == slice(1, 1)
+
+
+def test_a_refilling_deletion_asks_for_the_whole_cell() -> None:
+    request = EditRequest(kind="delete", genes=(10,), refill=True)
+    with pytest.raises(InputError, match="needs the genes beyond the window"):
+        apply(request, cell(10, 11), BARE)
+    edit = apply(request, cell(10, 11), BARE, uncropped_t=cell(10, 11, 12))
+    assert edit.tokens.tolist() == [11, 12]
+
+
+def test_a_checked_cell_is_edited_like_its_tokens() -> None:
+    tokens = cell(2, 10, 11, 12, 13, 3)
+    checked = Cell.of(tokens, FRAMED)
+    for kind in KINDS:
+        request = EditRequest(kind=kind, genes=(12,), ranks=(0,) if kind == "replace" else ())
+        assert apply(request, checked, FRAMED).tokens.tolist() == apply(request, tokens, FRAMED).tokens.tolist()
 
 
 @st.composite
@@ -183,12 +199,12 @@ def test_every_edit_keeps_the_others_in_order_and_in_the_window(drawn: tuple[lis
     framed = cell(2, *ranked, 3)
     others = [gene for gene in ranked if gene not in genes]
 
-    gone = delete(framed, genes, FRAMED)
+    gone = apply(EditRequest(kind="delete", genes=tuple(genes)), framed, FRAMED)
     assert gone.tokens.tolist() == [2, *others, 3]
     assert compared(gone) == others
     assert [ranked.index(g) if g in ranked else None for g in genes] == list(gone.ranks)
 
-    front = overexpress(framed, genes, FRAMED)
+    front = apply(EditRequest(kind="overexpress", genes=tuple(genes)), framed, FRAMED)
     shown = compared(front)
     assert front.tokens.tolist() == [2, *genes, *shown, 3]
     assert shown == others[: len(others) - front.n_cut]

@@ -1,4 +1,4 @@
-"""Shifts: cosines against hand-computed ones, and what cannot be compared."""
+"""Shifts: cosines against hand-computed ones, and measures that a model cannot give."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from genescale.perturbation import shift
+from genescale.perturbation.readouts import shift
 from genescale.platform.errors import InputError
+from genescale.training.embedder import Embedder
 
 
 def test_cosine_is_row_by_row_in_float64() -> None:
@@ -38,21 +39,15 @@ def test_cosine_of_a_vector_without_length_is_nan() -> None:
     assert math.isnan(shift.cosine(np.zeros(3), np.ones(3)))
 
 
-def test_remaining_genes_is_the_plain_mean() -> None:
+def test_genes_are_compared_one_by_one() -> None:
     edited, original = np.array([[1.0, 0], [0, 1]]), np.array([[1.0, 0], [1, 0]])
-    assert shift.remaining_genes_cosine(shift.gene_cosines(edited, original)) == 0.5
-    with pytest.raises(InputError, match="no gene remains"):
-        shift.remaining_genes_cosine(np.zeros(0))
+    assert shift.gene_cosines(edited, original).tolist() == [1.0, 0.0]
 
 
-def test_goal_shift_is_positive_toward_the_goal() -> None:
-    goal = np.array([0.0, 1.0])
-    before, after = np.array([1.0, 0.0]), np.array([1.0, 1.0])
-    assert shift.goal_shift(after, before, goal) == pytest.approx(math.sqrt(0.5))
-    assert shift.goal_shift(before, after, goal) == pytest.approx(-math.sqrt(0.5))
-
-
-@pytest.mark.parametrize("goal", [np.ones(3), np.ones((1, 2)), np.zeros(2), np.array([1.0, np.nan])])
-def test_goals_that_cannot_be_compared_are_refused(goal: np.ndarray) -> None:
-    with pytest.raises(InputError, match="goal"):
-        shift.checked_goal(goal, 2)
+def test_measures_are_a_closed_set_and_cls_needs_the_token(framed: Embedder, bare: Embedder) -> None:
+    for measure in shift.MEASURES:
+        shift.check_measure(measure, framed.vocabulary)
+    with pytest.raises(InputError, match="Did you mean 'mean_pooled'"):
+        shift.check_measure("mean_poled", framed.vocabulary)
+    with pytest.raises(InputError, match="begin with <cls>"):
+        shift.check_measure("cls", bare.vocabulary)
