@@ -18,6 +18,7 @@ import torch
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import InputError, LimitError, SettingsError
 from genescale.platform.vocabulary import Vocabulary
+from genescale.training.deletions import Deletions, has_short_cut
 from genescale.training.model import Encoder, PackedBatch, pack
 from genescale.training.weights import load_encoder
 
@@ -27,7 +28,7 @@ Pooling = Literal["mean_genes", "cls"]
 HeadPooling = Literal["mean_genes", "cls", "first_token"]
 LAYERS: tuple[Layer, ...] = get_args(Layer)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "float16", "bfloat16"]
 TOKENS_PER_BATCH = 8_192
 
 
@@ -158,8 +159,8 @@ class Embedder:
     ) -> Embedder:
         """The embedder of a verified bundle, whatever its kind; `device` is auto, cpu, cuda or cuda:N.
 
-        `precision="bfloat16"` computes in bf16 where torch's autocast does, which the variable-length CUDA kernel
-        needs; single-gene shifts are smaller than its rounding, so it is for embeddings, not for perturbation.
+        The 16-bit precisions hold where torch's autocast does; the variable-length CUDA kernel needs one of them.
+        Single-gene shifts are smaller than the rounding of bfloat16: that one is for embeddings, not for perturbation.
         """
         if tokens_per_batch < 1:
             raise SettingsError(f"tokens_per_batch is {tokens_per_batch}.", fix="Use a whole number of at least 1.")
@@ -169,6 +170,11 @@ class Embedder:
             )
         encoder = load_encoder(bundle, attention=attention)
         return cls(bundle, encoder, device=pick_device(device), tokens_per_batch=tokens_per_batch, precision=precision)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder itself, for what reads more of it than embeddings: in evaluation mode, without gradients."""
+        return self._encoder
 
     @property
     def width(self) -> int:
@@ -208,18 +214,50 @@ class Embedder:
 
     def hidden(self, cells: Sequence[np.ndarray], *, layer: Layer = "second_to_last") -> Iterator[HiddenBatch]:
         """The hidden states of all cells, batch by batch, so that a caller can reduce them without holding them all."""
-        layers = layers_to_run(layer, self._encoder.config.layers)
+        return (found[0] for found in self.hidden_of_layers(cells, (layer,)))
+
+    def hidden_of_layers(
+        self, cells: Sequence[np.ndarray], layers: Sequence[Layer]
+    ) -> Iterator[tuple[HiddenBatch, ...]]:
+        """As `hidden`, for several layers of one run through the encoder, in the order of `layers`."""
+        counts = [layers_to_run(layer, self._encoder.config.layers) for layer in layers]
         check_cells(cells, self.vocabulary, self.window)
         lengths_n = np.fromiter((len(cell) for cell in cells), dtype=np.int64, count=len(cells))
         budget = 1 if self.device.type == "cpu" else self.tokens_per_batch
         for positions_n in plan_batches(lengths_n, budget):
             batch = pack([cells[i] for i in positions_n]).to(self.device)
-            yield HiddenBatch(cells=positions_n, batch=batch, hidden_td=self._run(batch, layers))
+            yield tuple(
+                HiddenBatch(cells=positions_n, batch=batch, hidden_td=hidden_td)
+                for hidden_td in self._run(batch, counts)
+            )
+
+    def shares_first_layer(self, layers: Sequence[Layer]) -> bool:
+        """Whether `deletions` can be had for these layers.
+
+        Not on CUDA, in bfloat16, with an attention back end that was asked for by name, for encoders that mix
+        neighbouring ranks before the first layer, or for a state below it.
+        """
+        counts = [layers_to_run(layer, self._encoder.config.layers) for layer in layers]
+        return self.device.type == "cpu" and self.precision == "float32" and has_short_cut(self._encoder, counts)
 
     @torch.inference_mode()
-    def _run(self, batch: PackedBatch, layers: int) -> torch.Tensor:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return self._encoder(batch, layers=layers).float()
+    def deletions(self, cell: np.ndarray, layers: Sequence[Layer]) -> Deletions:
+        """A cell prepared to be encoded without one of its tokens: worth it from about ten times on.
+
+        The hidden states are those of `hidden`, in other last bits. Only where `shares_first_layer`.
+        """
+        check_cells([cell], self.vocabulary, self.window)
+        return Deletions(self._encoder, cell, [layers_to_run(layer, self._encoder.config.layers) for layer in layers])
+
+    @torch.inference_mode()
+    def _run(self, batch: PackedBatch, counts: Sequence[int]) -> list[torch.Tensor]:
+        """Hidden states after so many layers each."""
+        dtype = getattr(torch, self.precision)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            if len(counts) == 1:
+                return [self._encoder(batch, layers=counts[0]).float()]
+            states = self._encoder.hidden_states(batch, layers=max(counts))
+            return [states[count].float() for count in counts]
 
     def _check_framed(self, cells: Sequence[np.ndarray]) -> None:
         for position, cell in enumerate(cells):

@@ -125,16 +125,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden_td: torch.Tensor, ranks: Ranks, backend: Backend) -> torch.Tensor:
         """(t, d)."""
-        query, key, value = self._project(hidden_td, ranks)
+        query, key, value = self.project(hidden_td, ranks)
         value = drop_values(value, self.attention_dropout, self.training)
         return self.output(self.attend(query, key, value, ranks.segments, backend).flatten(1))
 
-    def weights(self, hidden_td: torch.Tensor, ranks: Ranks) -> list[torch.Tensor]:
-        """The attention weights of each cell, (h, s, s)."""
-        query, key, _ = self._project(hidden_td, ranks)
-        return attention_weights(query, key, ranks.segments)
-
-    def _project(self, hidden_td: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, ...]:
+    def project(self, hidden_td: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, (t, h, k) each."""
         query, key, value = self.qkv(hidden_td).unflatten(-1, (3, self.heads, -1)).unbind(1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
@@ -160,18 +156,30 @@ class EncoderLayer(nn.Module):
     def forward(self, hidden_td: torch.Tensor, ranks: Ranks, backend: Backend) -> torch.Tensor:
         """(t, d)."""
         hidden_td = self._with_neighbours(hidden_td, ranks)
+        attended = self.attention(self._read(hidden_td), ranks, backend)
+        return self.after_attention(hidden_td, attended)
+
+    def after_attention(self, hidden_td: torch.Tensor, attended_td: torch.Tensor) -> torch.Tensor:
+        """(t, d): what the layer gives for its input (neighbours added) and what attention made of it."""
+        attended_td = self.dropout(attended_td)
         if self._before:
-            attended = self.attention(self.attention_norm(hidden_td), ranks, backend)
-            hidden_td = hidden_td + self.dropout(attended)
+            hidden_td = hidden_td + attended_td
             return hidden_td + self.dropout(self._feed(self.output_norm(hidden_td)))
-        attended = self.dropout(self.attention(hidden_td, ranks, backend))
-        hidden_td = self.attention_norm(hidden_td + attended)
+        hidden_td = self.attention_norm(hidden_td + attended_td)
         return self.output_norm(hidden_td + self.dropout(self._feed(hidden_td)))
 
-    def weights(self, hidden_td: torch.Tensor, ranks: Ranks) -> list[torch.Tensor]:
-        """The attention weights of each cell, (h, s, s)."""
-        hidden_td = self._with_neighbours(hidden_td, ranks)
-        return self.attention.weights(self.attention_norm(hidden_td) if self._before else hidden_td, ranks)
+    def projected(self, hidden_td: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of the input of this layer, (t, h, k) each."""
+        return self.attention.project(self._read(self._with_neighbours(hidden_td, ranks)), ranks)
+
+    def queries_keys(self, hidden_td: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys of the input of this layer, (t, h, k) each: whoever wants weights in slices makes them."""
+        query, key, _ = self.projected(hidden_td, ranks)
+        return query, key
+
+    def _read(self, hidden_td: torch.Tensor) -> torch.Tensor:
+        """What attention reads of the layer's input."""
+        return self.attention_norm(hidden_td) if self._before else hidden_td
 
     def _with_neighbours(self, hidden_td: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         if self.neighbours is None or ranks.inside_to1 is None:
@@ -215,13 +223,26 @@ class Encoder(nn.Module):
             sums.append(layer(sums[-1], ranks, self.attention))
         return [self.norm(hidden_td) for hidden_td in sums]
 
+    def states_from(
+        self, hidden_td: torch.Tensor, batch: PackedBatch, *, first: int, counts: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Hidden states (t, d) after so many layers each, from the state `hidden_td` after the first `first` ones."""
+        ranks, states = self._ranks(batch), {}
+        for done in range(first, max(counts) + 1):
+            if done > first:
+                hidden_td = self.layers[done - 1](hidden_td, ranks, self.attention)
+            if done in counts:
+                states[done] = self.norm(hidden_td)
+        return [states[count] for count in counts]
+
     def attention_weights(self, batch: PackedBatch, *, layer: int) -> list[torch.Tensor]:
         """Attention weights of layer `layer` (0 = the first), one (h, s, s) per cell; use it in evaluation mode."""
         if not 0 <= layer < len(self.layers):
             raise LimitError(f"there is no layer {layer}.", fix=f"The encoder has layers 0 to {len(self.layers) - 1}.")
         ranks = self._ranks(batch)
         chosen: EncoderLayer = self.layers[layer]
-        return chosen.weights(self._sums(batch, ranks, self._first(layer)), ranks)
+        query, key = chosen.queries_keys(self._sums(batch, ranks, self._first(layer)), ranks)
+        return attention_weights(query, key, batch.segments)
 
     def _sums(self, batch: PackedBatch, ranks: Ranks, layers: Sequence[nn.Module]) -> torch.Tensor:
         hidden_td = self._embed(batch)

@@ -73,12 +73,13 @@ class RankNeighbours(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2 * config.rank_neighbours, config.width))
-        self._offsets = _offsets(config.rank_neighbours)
+        self.reach = config.rank_neighbours
+        self.offsets = _offsets(config.rank_neighbours)
 
     def forward(self, hidden_td: torch.Tensor, inside_to1: torch.Tensor) -> torch.Tensor:
         """(t, d): the sum over neighbours, without the gene itself."""
         added = torch.zeros_like(hidden_td)
-        for number, offset in enumerate(self._offsets):
+        for number, offset in enumerate(self.offsets):
             # Rolled in from the other end of the stream, or from another cell, is what `inside` sets to zero.
             added = added + hidden_td.roll(-offset, 0) * inside_to1[:, number] * self.weight[number]
         return added

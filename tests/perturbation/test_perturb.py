@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from genescale.perturbation import perturb
-from genescale.perturbation.perturb import EditAnswer, EditRequest, perturb_cell, perturb_cells
+from genescale.perturbation.perturb import EditAnswer, EditRequest, Readouts, perturb_cell, perturb_cells
 from genescale.perturbation.readouts.shift import Measure
+from genescale.perturbation.readouts.states import States
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import InputError
 from genescale.platform.vocabulary import Vocabulary
@@ -29,6 +30,11 @@ def deletion(embedder: Embedder, *genes: int) -> EditRequest:
 
 def overexpression(embedder: Embedder, *genes: int) -> EditRequest:
     return EditRequest(kind="overexpress", genes=deletion(embedder, *genes).genes)
+
+
+def toward(goal: np.ndarray, layer: Layer = "second_to_last", measure: Measure = "remaining_genes") -> States:
+    pooling = Readouts(measure=measure).pooling
+    return States(names=("goal",), vectors_sd=goal[None], goal="goal", layer=layer, pooling=pooling)
 
 
 def same_bits(one: EditAnswer, other: EditAnswer) -> bool:
@@ -52,7 +58,8 @@ def test_measures_are_what_they_say(framed: Embedder, make_cell: MakeCell, measu
         "mean_pooled": cosine(edited[1:-1].mean(0), original[1:-1].mean(0)),
     }
     states = (edited[0], original[0]) if measure == "cls" else (edited[1:-1].mean(0), original[1:-1].mean(0))
-    (answer,) = perturb_cell(framed, before, [deletion(framed, 6)], layer=layer, measure=measure, goal=goal)
+    how = Readouts(layer=layer, measure=measure, states=toward(goal, layer, measure))
+    (answer,) = perturb_cell(framed, before, [deletion(framed, 6)], readouts=how)
     assert answer.cosine == pytest.approx(expected[measure], abs=1e-6)
     assert answer.shift == 1 - answer.cosine
     assert answer.goal_shift == pytest.approx(cosine(states[0], goal) - cosine(states[1], goal), abs=1e-6)
@@ -65,7 +72,7 @@ def test_gene_cosines_belong_to_their_genes(bare: Embedder, make_cell: MakeCell)
     """The published code stores those of an overexpression under the next gene."""
     before, after = make_cell(bare.vocabulary, [5, 6, 7, 8]), make_cell(bare.vocabulary, [7, 5, 6, 8])
     (original,), (edited,) = bare.embed_genes([before]), bare.embed_genes([after])
-    (answer,) = perturb_cell(bare, before, [overexpression(bare, 7)], gene_shifts_of="all")
+    (answer,) = perturb_cell(bare, before, [overexpression(bare, 7)], readouts=Readouts(gene_shifts_of="all"))
     token = bare.vocabulary.token
     expected = {
         token("GENE5"): cosine(edited[1], original[0]),
@@ -73,9 +80,8 @@ def test_gene_cosines_belong_to_their_genes(bare: Embedder, make_cell: MakeCell)
         token("GENE8"): cosine(edited[3], original[3]),
     }
     assert answer.gene_cosines == pytest.approx(expected, abs=1e-7)
-    (of_one,) = perturb_cell(
-        bare, before, [overexpression(bare, 7)], gene_shifts_of=[token("GENE6"), token("GENE7"), token("GENE40")]
-    )
+    some = Readouts(gene_shifts_of=[token("GENE6"), token("GENE7"), token("GENE40")])
+    (of_one,) = perturb_cell(bare, before, [overexpression(bare, 7)], readouts=some)
     assert of_one.gene_cosines == {token("GENE6"): answer.gene_cosines[token("GENE6")]}
     (of_none,) = perturb_cell(bare, before, [overexpression(bare, 7)])
     assert of_none.gene_cosines == {}
@@ -83,7 +89,8 @@ def test_gene_cosines_belong_to_their_genes(bare: Embedder, make_cell: MakeCell)
 
 def test_an_absent_gene_moves_nothing(framed: Embedder, make_cell: MakeCell) -> None:
     cell = make_cell(framed.vocabulary, [5, 6])
-    (answer,) = perturb_cell(framed, cell, [deletion(framed, 9)], gene_shifts_of="all", goal=np.ones(framed.width))
+    how = Readouts(gene_shifts_of="all", states=toward(np.ones(framed.width)))
+    (answer,) = perturb_cell(framed, cell, [deletion(framed, 9)], readouts=how)
     assert (answer.cosine, answer.shift, answer.goal_shift) == (1.0, 0.0, 0.0)
     assert answer.absent == deletion(framed, 9).genes
     assert answer.found == {}
@@ -94,7 +101,8 @@ def test_an_absent_gene_moves_nothing(framed: Embedder, make_cell: MakeCell) -> 
 def test_a_cell_without_its_only_gene_has_no_shift(framed: Embedder, bare: Embedder, make_cell: MakeCell) -> None:
     for embedder in (framed, bare):
         cell = make_cell(embedder.vocabulary, [5])
-        (answer,) = perturb_cell(embedder, cell, [deletion(embedder, 5)], goal=np.ones(embedder.width))
+        how = Readouts(states=toward(np.ones(embedder.width)))
+        (answer,) = perturb_cell(embedder, cell, [deletion(embedder, 5)], readouts=how)
         assert (answer.cosine, answer.shift, answer.goal_shift) == (None, None, None)
         assert answer.reason == "the edit leaves no gene in the cell"
 
@@ -106,7 +114,7 @@ def test_overexpressing_all_genes_leaves_none_to_compare_but_moves_the_cell(
     (none,) = perturb_cell(bare, cell, [request])
     assert none.cosine is None
     assert "no gene beside" in none.reason
-    (moved,) = perturb_cell(bare, cell, [request], measure="mean_pooled")
+    (moved,) = perturb_cell(bare, cell, [request], readouts=Readouts(measure="mean_pooled"))
     assert moved.shift is not None
     assert moved.shift > 1e-5
 
@@ -160,13 +168,13 @@ def test_answers_do_not_depend_on_what_is_asked_beside_them(
         [deletion(framed, gene) for gene in range(60)],
         [overexpression(framed, gene) for gene in range(60)],
     ]
-    how = {"goal": np.ones(framed.width), "gene_shifts_of": "all"}
+    how = Readouts(states=toward(np.ones(framed.width)), gene_shifts_of="all")
     singles = [
-        [perturb_cell(framed, cell, [request], **how)[0] for request in wanted]  # type: ignore[arg-type]
+        [perturb_cell(framed, cell, [request], readouts=how)[0] for request in wanted]
         for cell, wanted in zip(cells, requests, strict=True)
     ]
     monkeypatch.setattr(perturb, "TOKENS_PER_CHUNK", tokens_per_chunk)
-    together = perturb_cells(framed, cells, requests, **how)  # type: ignore[arg-type]
+    together = perturb_cells(framed, cells, requests, readouts=how)
     assert [len(answers) for answers in together] == [len(wanted) for wanted in requests]
     for of_cell, ones in zip(together, singles, strict=True):
         for answer, one in zip(of_cell, ones, strict=True):
@@ -175,18 +183,16 @@ def test_answers_do_not_depend_on_what_is_asked_beside_them(
 
 def test_cls_alone_and_with_gene_shifts_agree(framed: Embedder, make_cell: MakeCell) -> None:
     cell, request = make_cell(framed.vocabulary, [5, 6, 7]), deletion(framed, 5)
-    (alone,) = perturb_cell(framed, cell, [request], measure="cls")
-    (beside,) = perturb_cell(framed, cell, [request], measure="cls", gene_shifts_of="all")
+    (alone,) = perturb_cell(framed, cell, [request], readouts=Readouts(measure="cls"))
+    (beside,) = perturb_cell(framed, cell, [request], readouts=Readouts(measure="cls", gene_shifts_of="all"))
     assert alone.cosine == beside.cosine
 
 
 def test_what_cannot_be_compared_is_refused(bare: Embedder, make_cell: MakeCell) -> None:
     cell, request = make_cell(bare.vocabulary, [5, 6]), deletion(bare, 5)
     with pytest.raises(InputError, match="cells begin with <cls>"):
-        perturb_cell(bare, cell, [request], measure="cls")
+        perturb_cell(bare, cell, [request], readouts=Readouts(measure="cls"))
     with pytest.raises(InputError, match="Did you mean 'mean_pooled'"):
-        perturb_cell(bare, cell, [request], measure="mean_poled")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="embeddings have 32 values"):
-        perturb_cell(bare, cell, [request], goal=np.ones(3))
-    with pytest.raises(InputError, match="not available yet"):
-        EditRequest(kind="activate", genes=(5,))  # type: ignore[arg-type]
+        Readouts(measure="mean_poled")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="embeddings have 32"):
+        perturb_cell(bare, cell, [request], readouts=Readouts(states=toward(np.ones(3))))

@@ -8,7 +8,16 @@ import torch
 
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import InputError, LimitError, SettingsError
-from genescale.training.embedder import LAYERS, POOLINGS, Embedder, Layer, Pooling, gene_table, plan_batches
+from genescale.training.embedder import (
+    LAYERS,
+    POOLINGS,
+    Embedder,
+    Layer,
+    Pooling,
+    Precision,
+    gene_table,
+    plan_batches,
+)
 from genescale.training.model import pack
 from genescale.training.weights import load_encoder
 
@@ -151,3 +160,14 @@ def test_unknown_names_are_refused(embedder: Embedder, tiny_cells: list[np.ndarr
         Embedder.load(tiny_bundle, device="abacus")
     with pytest.raises(SettingsError, match="tokens_per_batch"):
         Embedder.load(tiny_bundle, tokens_per_batch=0)
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_16_bits_stay_within_their_rounding(
+    embedder: Embedder, tiny_bundle: Bundle, tiny_cells: list[np.ndarray], precision: Precision, rounding: float
+) -> None:
+    short = Embedder.load(tiny_bundle, device="cpu", precision=precision).embed_cells(tiny_cells)
+    exact = embedder.embed_cells(tiny_cells)
+    assert short.dtype == np.float32
+    assert not np.array_equal(short, exact)
+    assert np.abs(short - exact).max() < rounding * np.abs(exact).max()
