@@ -1,6 +1,6 @@
 """What a screen will do, decided before any work: which cells, which edits, in which units of work.
 
-Legend: `n` chosen cells, `e` edits.
+Legend: `n` chosen cells, `p` pieces (a cell with some of its edits), `v` token ids of the vocabulary.
 
 A plan is a pure function of the corpus version, the model and the config, so an interrupted screen that is started
 again comes to the same units and continues.
@@ -11,255 +11,283 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
 from genescale.ingestion.corpus import Corpus
-from genescale.perturbation.editing.edits import Kind, parse_kind
-from genescale.perturbation.readouts.shift import MEASURES, Measure, check_measure, checked_goal
+from genescale.perturbation.editing.edit_sets import EditSet, read_sets
+from genescale.perturbation.editing.requests import EditOptions
+from genescale.perturbation.readouts.shift import check_measure
+from genescale.perturbation.screening import cells as chosen
+from genescale.perturbation.screening.spec import EVERY_GENE, NO_GENE, EditsConfig, ScreenConfig
+from genescale.perturbation.screening.two_pass import TwoPassConfig, how_many
+from genescale.perturbation.screening.units import auto_tokens_per_unit, cut_pieces
 from genescale.platform.bundle import Bundle
-from genescale.platform.errors import CorpusError, LimitError, SettingsError, did_you_mean
+from genescale.platform.errors import InputError, LimitError
+from genescale.platform.storage import Store
 from genescale.platform.vocabulary import Vocabulary
 from genescale.training.embed import check_same_vocabulary
-from genescale.training.embedder import LAYERS, Layer
 
-SCREEN_SCHEMA_VERSION = 1
-Selection = Literal["listed", "detected", "top_detected"]
-GeneShifts = Literal["none", "listed", "all"]
-TOGETHER = "+"
-# (edit, affected gene) pairs whose moments are kept: about 32 bytes each, in every worker and in the result.
+SCREEN_SCHEMA_VERSION = 2
+# Rows of the gene shifts that are kept without top_k, and the single observations behind them, 24 bytes each on disk.
 MAX_GENE_PAIRS = 20_000_000
-CELLS_PER_READ = 2_000
-CELL_COLUMNS = ("cell_id", "dataset_id", "source_row", "cell_type", "donor_id", "length")
-# Settings that say how fast, not what: they may differ when a screen is continued.
-SPEED_ONLY = ("tokens_per_batch", "device", "attention")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScreenConfig:
-    """Which edits are tried on which cells of a corpus, and how cells are compared."""
-
-    kind: Kind = "delete"
-    select: Selection = "listed"
-    """`listed`: the `genes`; `detected`: all genes of each cell; `top_detected`: the `top` genes seen in most cells."""
-    genes: tuple[str, ...] = ()
-    """Gene ids, symbols or aliases, each edited by itself; `A+B` edits both together."""
-    top: int = 100
-    where: tuple[str, ...] = ()
-    """Cells to take: `column=value`, all of which must hold."""
-    max_cells: int = 0
-    """Cells drawn at random from those; 0 takes all."""
-    seed: int = 0
-    layer: Layer = "second_to_last"
-    measure: Measure = "remaining_genes"
-    gene_shifts: GeneShifts = "none"
-    """Whose own shifts are recorded, averaged over cells: of no gene, of the `affected`, or of all."""
-    affected: tuple[str, ...] = ()
-    tokens_per_unit: int = 262_144
-    """Tokens embedded between two results: a unit is what a broken run loses at most."""
-    tokens_per_batch: int = 8_192
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes the cluster's GPUs when it has some."""
-    attention: str = "auto"
-
-    def __post_init__(self) -> None:
-        parse_kind(self.kind)
-        for name, choices in (
-            ("select", get_args(Selection)),
-            ("layer", LAYERS),
-            ("measure", MEASURES),
-            ("gene_shifts", get_args(GeneShifts)),
-            ("device", ("auto", "cpu", "cuda")),
-        ):
-            if (value := getattr(self, name)) not in choices:
-                fix = did_you_mean(value, choices) or f"Use one of {', '.join(choices)}."
-                raise SettingsError(f"screen.{name} is '{value}'.", fix=fix)
-        for name, least in (("top", 1), ("max_cells", 0), ("seed", 0), ("tokens_per_unit", 1), ("tokens_per_batch", 1)):
-            if getattr(self, name) < least:
-                raise SettingsError(f"screen.{name} is {getattr(self, name)}.", fix=f"Use at least {least}.")
-        for given, wanted, name in (
-            (self.genes, self.select == "listed", "genes"),
-            (self.affected, self.gene_shifts == "listed", "affected"),
-        ):
-            if bool(given) != wanted:
-                choice = "select" if name == "genes" else "gene_shifts"
-                raise SettingsError(
-                    f"screen.{name} and screen.{choice} = '{getattr(self, choice)}' do not fit.",
-                    fix=f"Name {name} exactly when {choice} is 'listed'.",
-                )
+MAX_OBSERVATIONS = 1_000_000_000
+# A backward pass is about twice the arithmetic of a forward one.
+BACKWARD = 2
+Affected = tuple[int, ...] | Literal["all"] | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """The chosen cells with their units, and the edits."""
+    """The chosen cells, the edits, and the units of work they are cut into."""
 
     cells: pl.DataFrame
-    """One row per chosen cell, in corpus order: `cell` (place in the corpus), `unit`, `n_edits`, CELL_COLUMNS."""
-    edits: tuple[tuple[int, ...], ...]
-    """Gene tokens of each edit; empty when every gene of each cell is edited."""
-    affected: tuple[int, ...] | Literal["all"] | None
+    """One row per chosen cell, in corpus order: `cell` (place in the corpus), `n_genes`, CELL_COLUMNS, and
+    `n_changed`: the edits (of a second pass, where there are two) that alter it, and so cost a pass of the model."""
+    pieces: pl.DataFrame
+    """What `cut_pieces` made of them."""
+    edits: EditSet
+    n_controls: int
+    """Control edits for each edit of a cell that changes it."""
+    not_controls: tuple[int, ...]
+    detected_v: np.ndarray
+    """Chosen cells that have each gene, by which controls are matched; empty without controls."""
+    affected: Affected
     """Genes whose own shifts are recorded."""
-    n_pairs: int
-    """(cell, edit) pairs."""
-    identity: dict[str, Any]
+    two_pass: TwoPassConfig | None
+    seed: int
+    tokens_per_unit: int
+    left_out: Mapping[str, int]
+    """Cells of the corpus, and genes named, that the screen leaves out, by reason."""
+    identity: Mapping[str, Any]
     """What the screen is, for its record."""
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of everything that decides the numbers."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-
-    def edit_at(self, position: int) -> tuple[int, ...]:
-        """Gene tokens of the edit that moments know by `position`; where every gene is edited, that is its token."""
-        return self.edits[position] if self.edits else (position,)
+        """sha256 (hex) of everything that decides the numbers, and of how they are cut into files."""
+        content = {**self.identity, "tokens_per_unit": self.tokens_per_unit}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def n_units(self) -> int:
         """Units of work."""
-        return int(self.cells["unit"].max()) + 1  # type: ignore[arg-type]
+        return int(self.pieces["unit"].max() or 0) + 1  # type: ignore[arg-type]
+
+    @property
+    def n_pairs(self) -> int:
+        """(cell, edit) pairs, controls not counted."""
+        return int((self.pieces["stop"] - self.pieces["start"]).sum())
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens through the encoder, nearly (edited cells are counted at the length of the unedited one)."""
+        return int(self.pieces["tokens"].sum())
 
 
-def make_plan(bundle: Bundle, corpus: Corpus, config: ScreenConfig, *, goal: np.ndarray | None = None) -> Plan:
-    """Choose cells and edits and cut them into units.
+def make_plan(
+    bundle: Bundle,
+    corpus: Corpus,
+    config: ScreenConfig,
+    *,
+    store: Store,
+    tokens_per_unit: int = 0,
+    on_gpu: bool = False,
+    origin: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Choose cells and edits and cut them into units of `tokens_per_unit` (0: the config's, or what suits the device).
 
-    Raises CorpusError when corpus and model were made with different vocabularies or no cell fits `where`,
-    UnknownGeneError for a gene they lack, LimitError when the per-gene shifts would not fit in memory, InputError for a
-    measure or a goal that does not fit the model.
+    `origin` are further digests of what decides the numbers, such as those of states and head. Raises CorpusError when
+    corpus and model were made with different vocabularies or no cell fits, UnknownGeneError for a gene they lack,
+    LimitError when the gene shifts would be too many, InputError for a measure or edits that do not fit.
     """
     vocabulary = bundle.vocabulary
     check_same_vocabulary(bundle, corpus)
-    check_measure(config.measure, vocabulary)
-    if goal is not None:
-        checked_goal(goal, int(bundle.config["hidden_size"]))
-    cells = choose_cells(corpus, config)
-    edits = _edits(corpus, cells, config, vocabulary)
-    affected = _affected(config, vocabulary, n_edits=len(edits) or len(vocabulary.gene_ids))
-    genes_n = cells["length"].to_numpy().astype(np.int64) - (0 if vocabulary.cls is None else 2)
-    edits_n = np.full(len(cells), len(edits)) if edits else genes_n
-    units_n = cut_units(cells["length"].to_numpy() * (1 + edits_n), config.tokens_per_unit)
+    check_measure(config.readouts.measure, vocabulary)
+    not_controls = tuple(vocabulary.token(gene) for gene in config.edits.not_controls)
+    affected = affected_genes(config, vocabulary)
+    cells, left_out = chosen.choose_cells(corpus, config.cells)
+    n_special = 0 if vocabulary.cls is None else 2
+    cells = cells.with_columns(n_genes=pl.col("length").cast(pl.Int32) - n_special)
+    if config.edits.refill:
+        _check_whole(corpus, cells)
+    n_controls = config.edits.n_controls
+    needs_detection = n_controls > 0 or config.edits.top > 0
+    detected_v = chosen.detection(corpus, cells["cell"].to_numpy()) if needs_detection else np.zeros(0, dtype=np.int64)
+    edits = edit_set(config.edits, corpus, store, detected_v=detected_v, seed=config.cells.seed)
+    asked_n, changed_n = _edits_of_cells(edits, corpus, cells)
+    _check_gene_shifts(config, edits, affected, cells, asked_n, vocabulary)
+    length_n = own_n = cells["length"].to_numpy().astype(np.int64)
+    if config.two_pass is not None:
+        own_n, changed_n = own_n * (2 + BACKWARD * config.two_pass.probes), _chosen_of_cells(config.two_pass, asked_n)
+    per_edit_n = length_n * (1.0 + n_controls) * changed_n / np.maximum(asked_n, 1)
+    size = tokens_per_unit or config.compute.tokens_per_unit
+    size = size or auto_tokens_per_unit(int((own_n + per_edit_n * asked_n).sum()), on_gpu=on_gpu)
+    unknown = sum(len(names) for names in edits.left_out.values())
     return Plan(
-        cells=cells.with_columns(unit=pl.Series(units_n, dtype=pl.Int32), n_edits=pl.Series(edits_n, dtype=pl.Int64)),
+        cells=cells.with_columns(n_changed=pl.Series(changed_n, dtype=pl.Int64)),
+        pieces=cut_pieces(own_n, asked_n, per_edit_n, size, split=config.two_pass is None),
         edits=edits,
+        n_controls=n_controls,
+        not_controls=not_controls,
+        detected_v=detected_v if n_controls else detected_v[:0],
         affected=affected,
-        n_pairs=int(edits_n.sum()),
-        identity=_identity(bundle, corpus, config, goal),
+        two_pass=config.two_pass,
+        seed=config.cells.seed,
+        tokens_per_unit=size,
+        left_out={**left_out, **({"genes of sets, not in the vocabulary": unknown} if unknown else {})},
+        identity=_identity(bundle, corpus, config, edits, origin or {}),
     )
 
 
-def check_genes(config: ScreenConfig, vocabulary: Vocabulary) -> None:
-    """Raise what `make_plan` would raise about the genes of `config`, without a corpus."""
-    n_listed = len(_listed_edits(config, vocabulary))
-    most_edits = {"listed": n_listed, "top_detected": config.top, "detected": len(vocabulary.gene_ids)}
-    _affected(config, vocabulary, n_edits=most_edits[config.select])
+def check_names(config: ScreenConfig, vocabulary: Vocabulary, store: Store) -> None:
+    """Raise what `make_plan` would raise about the names of genes, without a corpus."""
+    affected_genes(config, vocabulary)
+    for gene in config.edits.not_controls:
+        vocabulary.token(gene)
+    options = EditOptions(kind=config.edits.kind, refill=config.edits.refill)
+    if not (config.edits.top or config.edits.kind == "replace"):
+        _named_edits(config.edits, vocabulary, options, store, detected_v=np.zeros(0, dtype=np.int64))
 
 
-def choose_cells(corpus: Corpus, config: ScreenConfig) -> pl.DataFrame:
-    """The cells of a screen in corpus order: `cell` (position in the corpus) and CELL_COLUMNS."""
-    conditions = dict(_condition(text) for text in config.where)
-    known = [field.name for field in corpus.schema if field.name != "input_ids"]
-    for column in conditions:
-        if column not in known:
-            fix = did_you_mean(column, known) or f"Columns: {', '.join(known)}."
-            raise CorpusError(f"there is no column '{column}'.", where=corpus.uri, fix=fix)
-    table = corpus.cells([*CELL_COLUMNS, *(c for c in conditions if c not in CELL_COLUMNS)])
-    cells = pl.DataFrame(pl.from_arrow(table)).with_row_index("cell")
-    for column, value in conditions.items():
-        values = cells[column].cast(pl.String)
-        if not (values == value).any():
-            seen = ", ".join(values.drop_nulls().unique().sort().head(10).to_list()) or "no value"
-            raise CorpusError(f"no cell has {column} '{value}'.", where=corpus.uri, fix=f"The corpus has {seen}.")
-        cells = cells.filter(values == value)
-    if len(cells) == 0:
-        raise CorpusError("no cell to edit.", where=corpus.uri, fix="Ingest an atlas, or widen the choice of cells.")
-    if 0 < config.max_cells < len(cells):
-        generator = np.random.default_rng(config.seed)
-        cells = cells[np.sort(generator.choice(len(cells), size=config.max_cells, replace=False))]
-    return cells.select("cell", *CELL_COLUMNS)
+def edit_set(config: EditsConfig, corpus: Corpus, store: Store, *, detected_v: np.ndarray, seed: int) -> EditSet:
+    """The edits that `config` names; of `replace`, with the median ranks of the cells of `ranks_of`."""
+    ranks = chosen.ranks_elsewhere(corpus, config.ranks_of, seed=seed) if config.kind == "replace" else {}
+    options = EditOptions(
+        kind=config.kind,
+        refill=config.refill,
+        quartiles=config.quartiles,
+        rank=config.rank,
+        target_ranks=ranks,
+    )
+    return _named_edits(config, corpus.vocabulary, options, store, detected_v=detected_v)
 
 
-def cut_units(cost_n: np.ndarray, most: int) -> np.ndarray:
-    """Unit `(n,)` of each cell: consecutive cells share one until their cost would pass `most`."""
-    units, unit, filled = [], 0, 0
-    for cost in cost_n.tolist():
-        if filled and filled + cost > most:
-            unit, filled = unit + 1, 0
-        filled += cost
-        units.append(unit)
-    return np.array(units, dtype=np.int32)
+def _named_edits(
+    config: EditsConfig, vocabulary: Vocabulary, options: EditOptions, store: Store, *, detected_v: np.ndarray
+) -> EditSet:
+    if config.all:
+        return EditSet.of_all(vocabulary, options)
+    if config.anchor:
+        return EditSet.of_anchor(config.anchor, vocabulary, options)
+    if config.top:
+        most = chosen.most_detected(detected_v, config.top)
+        return EditSet.of_tokens([(token,) for token in most], vocabulary, options)
+    sets = []
+    if config.genes:
+        sets.append(EditSet.of_genes(config.genes, vocabulary, options))
+    if config.pairs:
+        sets.append(EditSet.of_pairs(config.pairs, vocabulary, options))
+    if config.sets:
+        sets.append(EditSet.of_sets(read_sets(config.sets, store), vocabulary, options))
+    return _joined(sets)
 
 
-def edit_id(genes: Sequence[int], vocabulary: Vocabulary) -> str:
-    """Gene id of an edit; ids of genes edited together are joined by `+`."""
-    return TOGETHER.join(vocabulary.gene_of_token(gene) for gene in genes)
+def _joined(sets: list[EditSet]) -> EditSet:
+    """One set of several, each edit once: the first name of an id stays."""
+    listed = {edit.edit_id: edit for one in reversed(sets) for edit in one.listed}
+    in_order = dict.fromkeys(edit.edit_id for one in sets for edit in one.listed)
+    return dataclasses.replace(
+        sets[0],
+        listed=tuple(listed[name] for name in in_order),
+        left_out={name: genes for one in sets for name, genes in one.left_out.items()},
+        merged=tuple(name for one in sets for name in one.merged),
+    )
 
 
-def edit_symbol(genes: Sequence[int], vocabulary: Vocabulary) -> str:
-    """As `edit_id`, with symbols."""
-    return TOGETHER.join(vocabulary.symbol_of(vocabulary.gene_of_token(gene)) for gene in genes)
-
-
-def _condition(text: str) -> tuple[str, str]:
-    column, equals, value = text.partition("=")
-    if not (column and equals):
-        raise SettingsError(
-            f"'{text}' is no choice of cells.", fix="Write column=value, for example cell_type=monocyte."
-        )
-    return column.strip(), value.strip()
-
-
-def _edits(
-    corpus: Corpus, cells: pl.DataFrame, config: ScreenConfig, vocabulary: Vocabulary
-) -> tuple[tuple[int, ...], ...]:
-    if config.select == "detected":
-        return ()
-    if config.select == "top_detected":
-        return tuple((gene,) for gene in _most_detected(corpus, cells["cell"].to_numpy(), config.top, vocabulary))
-    return _listed_edits(config, vocabulary)
-
-
-def _listed_edits(config: ScreenConfig, vocabulary: Vocabulary) -> tuple[tuple[int, ...], ...]:
-    edits = tuple(tuple(vocabulary.token(gene) for gene in text.split(TOGETHER)) for text in config.genes)
-    for edit, text in zip(edits, config.genes, strict=True):
-        if edits.count(edit) > 1:
-            raise SettingsError(
-                f"the edit '{text}' is listed twice.", fix="A gene may have several names: list it once."
-            )
-    return edits
-
-
-def _most_detected(corpus: Corpus, cells_n: np.ndarray, top: int, vocabulary: Vocabulary) -> list[int]:
-    """Genes that stand in most cells, most first; ties go to the smaller token id."""
-    counts = np.zeros(vocabulary.size, dtype=np.int64)
-    for start in range(0, len(cells_n), CELLS_PER_READ):
-        for tokens_t in corpus.tokens(cells_n[start : start + CELLS_PER_READ].tolist()):
-            counts[np.unique(tokens_t)] += 1
-    counts[list(vocabulary.special.values())] = 0
-    order = np.argsort(-counts, kind="stable")[:top]
-    return order[counts[order] > 0].tolist()
-
-
-def _affected(config: ScreenConfig, vocabulary: Vocabulary, *, n_edits: int) -> tuple[int, ...] | Literal["all"] | None:
-    if config.gene_shifts == "none":
+def affected_genes(config: ScreenConfig, vocabulary: Vocabulary) -> Affected:
+    """Tokens of the genes whose own shifts are recorded; UnknownGeneError for a name that is none."""
+    wanted = config.readouts.gene_shifts
+    if wanted == NO_GENE:
         return None
-    genes = tuple(dict.fromkeys(vocabulary.token(gene) for gene in config.affected))
-    n_affected = len(genes) or len(vocabulary.gene_ids)
-    if n_edits * n_affected > MAX_GENE_PAIRS:
-        raise LimitError(
-            f"{n_edits:,} edits times {n_affected:,} affected genes are more than {MAX_GENE_PAIRS:,} pairs.",
-            where="screen.gene_shifts",
-            fix="List fewer genes to edit, or list the affected genes of interest.",
+    if wanted == EVERY_GENE:
+        return "all"
+    return tuple(dict.fromkeys(vocabulary.token(gene) for gene in wanted))
+
+
+def _edits_of_cells(edits: EditSet, corpus: Corpus, cells: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Edits asked of each cell (n), and those among them that change it and so cost a pass."""
+    genes_n = cells["n_genes"].to_numpy().astype(np.int64)
+    if edits.every_gene and edits.options.kind != "replace":
+        return genes_n, genes_n
+    asked, changed = [], []
+    flat = np.array([gene for edit in edits.listed for gene in edit.genes], dtype=np.int64)
+    starts = np.cumsum([0, *(len(edit.genes) for edit in edits.listed[:-1])])
+    present_v = np.zeros(corpus.vocabulary.size, dtype=bool)
+    for tokens_t in chosen.read_cells(corpus, cells["cell"].to_numpy()):
+        if edits.every_gene or edits.anchor is not None:
+            n_asked = n_changed = len(edits.of_cell(tokens_t))
+        else:
+            present_v[:] = False
+            present_v[tokens_t] = True
+            n_asked = len(edits.listed)
+            inserts = edits.options.kind == "overexpress"
+            n_changed = n_asked if inserts else int(np.logical_or.reduceat(present_v[flat], starts).sum())
+        asked.append(n_asked)
+        changed.append(n_changed)
+    return np.array(asked, dtype=np.int64), np.array(changed, dtype=np.int64)
+
+
+def _chosen_of_cells(config: TwoPassConfig, genes_n: np.ndarray) -> np.ndarray:
+    """Genes (n) of each cell that the second pass deletes."""
+    top = [how_many(config.top_fraction, genes) for genes in genes_n.tolist()]
+    drawn = [how_many(config.control_fraction, genes - n) for genes, n in zip(genes_n.tolist(), top, strict=True)]
+    return np.array(top) + np.array(drawn)
+
+
+def _check_whole(corpus: Corpus, cells: pl.DataFrame) -> None:
+    """InputError when the corpus holds a chosen cell without its last genes, which a refill would need."""
+    table = corpus.cells(["n_genes"]).take(cells["cell"].to_numpy())
+    cropped = int((pl.Series(table.column("n_genes")) > cells["n_genes"]).sum())
+    if cropped:
+        raise InputError(
+            f"{cropped:,} of the {len(cells):,} cells have more genes than the window, and the corpus keeps none of "
+            "those beyond it, so a deletion cannot refill.",
+            where="edits: refill",
+            fix=f"Leave refill out, or take whole cells: where = 'n_genes <= {max(cells['n_genes'].to_list())}'.",
         )
-    return genes or "all"
 
 
-def _identity(bundle: Bundle, corpus: Corpus, config: ScreenConfig, goal: np.ndarray | None) -> dict[str, Any]:
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in SPEED_ONLY}
+def _check_gene_shifts(
+    config: ScreenConfig,
+    edits: EditSet,
+    affected: Affected,
+    cells: pl.DataFrame,
+    asked_n: np.ndarray,
+    vocabulary: Vocabulary,
+) -> None:
+    """LimitError when the gene shifts would be more than a table of results should hold."""
+    if affected is None:
+        return
+    n_affected = len(vocabulary.gene_ids) if affected == "all" else len(affected)
+    groups = 2 if config.edits.n_controls else 1
+    n_edits = groups * edits.most_edits(len(vocabulary.gene_ids))
+    genes_n = np.minimum(cells["n_genes"].to_numpy().astype(np.int64), n_affected)
+    observations = int((asked_n * (1 + config.edits.n_controls) * genes_n).sum())
+    pairs = min(n_edits * n_affected, observations)
+    if pairs > MAX_GENE_PAIRS and not config.readouts.top_k:
+        raise LimitError(
+            f"{n_edits:,} edits times {n_affected:,} affected genes may be {pairs:,} pairs; {MAX_GENE_PAIRS:,} can be "
+            "kept.",
+            where="readouts: gene_shifts",
+            fix="Keep the largest of each edit (top_k = 100), list the affected genes of interest, or edit fewer.",
+        )
+    if observations > MAX_OBSERVATIONS:
+        raise LimitError(
+            f"the gene shifts are means of up to {observations:,} observations; {MAX_OBSERVATIONS:,} can be kept.",
+            where="readouts: gene_shifts",
+            fix="List the affected genes of interest, draw fewer cells, or leave gene shifts out.",
+        )
+
+
+def _identity(
+    bundle: Bundle, corpus: Corpus, config: ScreenConfig, edits: EditSet, origin: Mapping[str, Any]
+) -> dict[str, Any]:
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "compute"}
     parts = [(part.uri, part.rows) for part in corpus.parts]
-    goal_bytes = None if goal is None else np.ascontiguousarray(goal, dtype="<f8").tobytes()
     return {
         "schema_version": SCREEN_SCHEMA_VERSION,
         "model_digest": bundle.digest,
@@ -268,6 +296,8 @@ def _identity(bundle: Bundle, corpus: Corpus, config: ScreenConfig, goal: np.nda
         "corpus_version": corpus.version,
         # A corpus that was deleted and made anew can have the same address and version, but not the same parts.
         "corpus_parts_digest": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
-        "goal_digest": None if goal_bytes is None else hashlib.sha256(goal_bytes).hexdigest(),
+        # A file of gene sets may change, and median ranks are worked out: the edits themselves decide.
+        "edits_digest": hashlib.sha256(json.dumps(edits.identity, sort_keys=True).encode()).hexdigest(),
         "config": json.loads(json.dumps(settings)),
+        **origin,
     }

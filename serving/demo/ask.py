@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from genescale.client import GenescaleClient
 from genescale.perturbation.screening.results import read_screen
 from genescale.platform.errors import IntegrityError
 from genescale.platform.progress import Progress
 from genescale.serving.app import service
-from genescale.serving.client import GenescaleClient
 from genescale.serving.config import ServingConfig
 from genescale.serving.demo.plan import MODEL_NAME, Demo
 from genescale.serving.demo.stages import Made, corpus_of, ingested
@@ -73,7 +73,11 @@ def asked_cell(demo: Demo) -> tuple[int, dict[str, Any]]:
     """Position in the corpus of the screen's most shifted cell, and the edit that shifted it."""
     shifts = read_screen(str(demo.made("screen")["uri"]), demo.store).cell_shifts
     strongest = (
-        shifts.filter((pl.col("outcome") == "edited") & ~pl.col("gene_id").str.contains("+", literal=True))
+        shifts.filter(
+            (pl.col("role") == "edit")
+            & (pl.col("outcome") == "edited")
+            & ~pl.col("gene_id").str.contains("+", literal=True)
+        )
         .sort(["shift", "dataset_id", "source_row"], descending=[True, False, False])
         .row(0, named=True)
     )

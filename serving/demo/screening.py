@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from genescale.perturbation.screening.plan import ScreenConfig
 from genescale.perturbation.screening.results import read_screen
 from genescale.perturbation.screening.screen import screen
+from genescale.perturbation.screening.spec import CellsConfig, EditsConfig, ReadoutsConfig, ScreenConfig
 from genescale.platform.progress import Progress
 from genescale.serving.demo import figures
 from genescale.serving.demo.page import Page
@@ -48,9 +48,16 @@ def screen_config(demo: Demo, truth: dict[str, Any]) -> ScreenConfig:
     """With a truth: its regulators, pairs and controls, and how every gene shifts; else characteristic genes."""
     seed = demo.config.seed
     if truth:
-        return ScreenConfig(genes=screen_edits(truth), gene_shifts="all", max_cells=demo.config.truth_cells, seed=seed)
+        # The truth is judged against deletions of unrelated genes, which are among the edits.
+        return ScreenConfig(
+            cells=CellsConfig(max_cells=demo.config.truth_cells, seed=seed),
+            edits=EditsConfig(genes=screen_edits(truth), controls=0),
+            readouts=ReadoutsConfig(gene_shifts=("all",)),
+        )
     genes = characteristic_genes(corpus_of(demo), demo.config.screen_genes, seed=seed)
-    return ScreenConfig(genes=genes, max_cells=demo.config.screen_cells, seed=seed)
+    return ScreenConfig(
+        cells=CellsConfig(max_cells=demo.config.screen_cells, seed=seed), edits=EditsConfig(genes=genes, controls=0)
+    )
 
 
 def planted_truth(demo: Demo) -> dict[str, Any]:

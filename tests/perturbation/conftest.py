@@ -114,7 +114,7 @@ def write_corpus(uri: str, vocabulary: Vocabulary, store: Store, cells: list[np.
         "input_ids": [cell.tolist() for cell in cells],
         "length": [len(cell) for cell in cells],
         "total_counts": [1000.0] * n,
-        "n_genes": [len(cell) for cell in cells],
+        "n_genes": [len(cell) - (0 if vocabulary.cls is None else 2) for cell in cells],
         "cell_type": [CELL_TYPES[i % len(CELL_TYPES)] for i in range(n)],
         "donor_id": [f"donor-{i * 6 // n}" for i in range(n)],
     }
