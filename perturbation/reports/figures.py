@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from genescale.perturbation.statistics.effects import summarise
+from genescale.perturbation.statistics.effects import effects
 from genescale.platform.errors import InputError
 
 BLUE, GREY, PALE = "#0072B2", "#555555", "#E8E8E8"
@@ -51,8 +51,9 @@ def draw_screen(cell_shifts: pl.DataFrame, *, top: int = 25, title: str = "") ->
 
 
 def ranked_genes(cell_shifts: pl.DataFrame, *, top: int) -> pl.DataFrame:
-    """Rows of `summarise` for the genes to draw: largest mean shift first, genes of very few cells left out."""
-    summary = summarise(cell_shifts).filter(pl.col("n_edited") > 0)
+    """Rows of `effects` for the genes to draw: largest mean shift first, genes of very few cells left out."""
+    summary = effects(cell_shifts).filter(pl.col("n_edited") > 0)
+    summary = summary.sort("mean", "edit_id", descending=[True, False])
     if len(summary) == 0:
         raise InputError("no cell was edited, so there is nothing to draw.", fix="Choose genes that the cells have.")
     often = summary.filter(pl.col("n_edited") >= LEAST_CELLS)
@@ -61,7 +62,9 @@ def ranked_genes(cell_shifts: pl.DataFrame, *, top: int) -> pl.DataFrame:
 
 def shifts_by_cell_type(cell_shifts: pl.DataFrame, gene_ids: list[str]) -> pl.DataFrame:
     """Mean shift per gene (rows, `gene_id` first) and frequent cell type (columns); null where none has the gene."""
-    edited = cell_shifts.filter((pl.col("outcome") == "edited") & pl.col("cell_type").is_not_null())
+    edited = cell_shifts.filter(
+        (pl.col("role") == "edit") & (pl.col("outcome") == "edited") & pl.col("cell_type").is_not_null()
+    )
     frequent = edited.group_by("cell_type").len().sort(["len", "cell_type"], descending=[True, False]).head(MOST_TYPES)
     wide = (
         edited.filter(pl.col("gene_id").is_in(gene_ids), pl.col("cell_type").is_in(frequent["cell_type"].to_list()))
@@ -74,8 +77,8 @@ def shifts_by_cell_type(cell_shifts: pl.DataFrame, gene_ids: list[str]) -> pl.Da
 def draw_ranking(axes: Axes, summary: pl.DataFrame) -> None:
     """Points with intervals, one row per gene, the number of cells at the right edge."""
     row = np.arange(len(summary))
-    mean = summary["mean_shift"].to_numpy()
-    low, high = (summary[name].fill_null(summary["mean_shift"]).to_numpy() for name in ("ci_low", "ci_high"))
+    mean = summary["mean"].to_numpy()
+    low, high = (summary[name].fill_null(summary["mean"]).to_numpy() for name in ("ci_low", "ci_high"))
     power = _power(float(high.max()))
     mean, low, high = (values / 10.0**power for values in (mean, low, high))
     axes.hlines(row, low, high, color=BLUE, alpha=0.45, linewidth=2.5, zorder=2)

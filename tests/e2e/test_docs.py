@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ("data-engineer.md", "ml-team.md")
+# Guides that start in an empty folder of their own.
+ALONE = ("biologist.md",)
 
 
 def blocks(guide: str, *languages: str) -> list[str]:
@@ -25,6 +27,13 @@ def blocks(guide: str, *languages: str) -> list[str]:
 def test_the_guides_work_as_written(tmp_path: Path) -> None:
     for guide in GUIDES:
         run_blocks(blocks(guide, "bash"), guide, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("guide", ALONE)
+def test_a_guide_works_alone(guide: str, tmp_path: Path) -> None:
+    run_blocks(blocks(guide, "bash"), guide, tmp_path)
 
 
 @pytest.mark.shared

@@ -1,4 +1,4 @@
-"""Figures: which genes are drawn, in which order, and that a file comes out."""
+"""The figure of a screen for other pages: which genes are drawn, in which order, and that a file comes out."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ import pytest
 
 from genescale.perturbation.reports.figures import draw_screen, png, ranked_genes, shifts_by_cell_type
 from genescale.platform.errors import InputError
+from tests.perturbation.screen_rows import gene_id, screen_rows
 
 
 def table(*, cell_types: bool = True) -> pl.DataFrame:
-    """Genes 0 to 9 in six cells each, gene 9 strongest; gene RARE in one cell; gene 3 in no B cell."""
-    rows = []
-    for gene in range(10):
-        for cell in range(6):
-            cell_type = ("b_cell", "monocyte", "nk")[cell % 3]
-            absent = gene == 3 and cell_type == "b_cell"
-            shift = 0.0 if absent else (gene + 1) * 1e-4 * (1 + cell)
-            rows.append((f"ENSG{gene}", f"GENE{gene}", "absent" if absent else "edited", shift, cell_type))
-    rows.append(("ENSG99", "RARE", "edited", 1.0, "nk"))
-    frame = pl.DataFrame(rows, schema=["gene_id", "symbol", "outcome", "shift", "cell_type"], orient="row")
-    none = pl.lit(None, dtype=pl.String)
-    frame = frame.with_columns(kind=pl.lit("delete"), donor_id=none, goal_shift=pl.lit(None, dtype=pl.Float64))
-    return frame if cell_types else frame.with_columns(cell_type=none)
+    """Genes 0 to 9, gene 9 strongest; gene 3 in no B cell; gene 99 strongest of all, but in one cell."""
+    made = screen_rows(n_genes=10, n_cells=6, strong={g: g * 1e-2 for g in range(10)}, cell_types=cell_types)
+    gone = (pl.col("gene_id") == gene_id(3)) & (pl.col("source_row") % 3 == 0)
+    made = made.with_columns(
+        outcome=pl.when(gone).then(pl.lit("absent")).otherwise("outcome"),
+        shift=pl.when(gone).then(0.0).otherwise("shift"),
+    )
+    rare = made.head(1).with_columns(
+        pl.lit(gene_id(99)).alias("edit_id"), pl.lit(gene_id(99)).alias("gene_id"), symbol=pl.lit("RARE"), shift=1.0
+    )
+    return pl.concat([made, rare])
 
 
 def test_genes_of_a_single_cell_do_not_lead_the_ranking() -> None:
@@ -33,10 +32,10 @@ def test_genes_of_a_single_cell_do_not_lead_the_ranking() -> None:
 
 
 def test_the_heat_map_tells_absent_from_unmoved() -> None:
-    wide = shifts_by_cell_type(table(), ["ENSG3", "ENSG1"])
+    wide = shifts_by_cell_type(table(), [gene_id(3), gene_id(1)])
     assert wide.columns == ["gene_id", "b_cell", "monocyte", "nk"]
-    assert wide["gene_id"].to_list() == ["ENSG3", "ENSG1"]
-    assert wide["b_cell"].to_list() == [None, pytest.approx(2e-4 * np.mean([1, 4]))]
+    assert wide["gene_id"].to_list() == [gene_id(3), gene_id(1)]
+    assert wide["b_cell"].to_list() == [None, pytest.approx(1.1e-2 + 0.2e-3 * np.sin(1), abs=3e-4)]
 
 
 @pytest.mark.parametrize("cell_types", [True, False])
