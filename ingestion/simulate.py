@@ -152,7 +152,10 @@ def _counts(
 ) -> sparse.csr_matrix:
     config, n = network.config, len(type_n)
     driver_ng = drivers_on(network, type_n, draws)[:, network.driver_g]
-    on_ng = draws.random((n, network.n_genes)) < np.where(driver_ng, network.on_g, network.off_g)
+    chance_ng = np.where(driver_ng, network.on_g, network.off_g)
+    elsewhere_ng = network.elsewhere_gc[:, type_n].T
+    chance_ng = np.where(elsewhere_ng, np.maximum(chance_ng, config.elsewhere_penetrance), chance_ng)
+    on_ng = draws.random((n, network.n_genes)) < chance_ng
     expected_ng = np.where(on_ng, network.counts_g, config.ambient_counts)
     expected_ng *= np.exp(config.expression_spread * draws.standard_normal((n, network.n_genes)))
     expected_ng *= np.exp(config.library_spread * draws.standard_normal((n, 1)))

@@ -7,7 +7,12 @@
     (nothing) --> housekeeping, background          the unrelated genes: no regulator reaches them
 
 A regulator is on or off in a cell, mostly independently of the cell's type. So what tells a model about a target is
-whether its regulator stands among the cell's genes, and not which type the cell has.
+whether its regulator stands among the cell's genes, and not which type the cell has. Three options make that harder, as
+it is in real cells; none is on unless it is asked for:
+
+    home_activity     a regulator belongs to one cell type, so the markers of that type appear and vanish with it
+    elsewhere_types   its direct targets are on in other cell types without it
+    echoes            genes that are on wherever it is on: they tell as much about its targets as it does
 
 Axes: `g` genes, `k` regulators, `m` mediators, `p` pairs, `c` cell types, `r` drivers.
 """
@@ -28,7 +33,7 @@ SIMULATION_VERSION = 1
 TRUTH_KIND = "genescale-simulated-atlas"
 # Well-formed Ensembl ids in a range that no release uses.
 FIRST_ENSEMBL_ID = 900_000_001
-_NETWORK_STREAM = 1
+_NETWORK_STREAM, _ELSEWHERE_STREAM = 1, 5
 _LEAST = {
     "seed": 0,
     "files": 1,
@@ -44,6 +49,8 @@ _LEAST = {
     "markers": 0,
     "housekeeping": 0,
     "background": 0,
+    "elsewhere_types": 0,
+    "echoes": 0,
 }
 _PROBABILITIES = (
     "activity",
@@ -54,6 +61,8 @@ _PROBABILITIES = (
     "leak",
     "housekeeping_share",
     "background_share",
+    "home_activity",
+    "elsewhere_penetrance",
 )
 _NOT_NEGATIVE = ("type_bias", "ambient_counts", "expression_spread", "library_spread", "donor_spread")
 _POSITIVE = ("target_counts", "regulator_counts", "mediator_counts")
@@ -114,6 +123,15 @@ class SimulateConfig:
     """Standard deviation of the log of the library size between cells."""
     donor_spread: float = 0.1
     """Standard deviation of the log of a donor's effect on each gene."""
+    home_activity: float = 0.0
+    """Share of the cells of its home type in which a regulator is on; `activity` holds in the others. 0: no homes, and
+    `activity` holds everywhere. The regulators of a pair have the same home."""
+    elsewhere_types: int = 0
+    """Cell types, besides its home, in which a regulator's direct targets are on without it."""
+    elsewhere_penetrance: float = 0.9
+    """Chance that such a target is on in such a cell type."""
+    echoes: int = 0
+    """Of each regulator: genes that are on exactly where it is on, and drive nothing."""
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -133,6 +151,13 @@ class SimulateConfig:
             raise SettingsError(
                 f"simulate.pairs is {self.pairs}, but there are {self.regulators} regulators.",
                 fix=f"Use at most {self.regulators // 2} pairs.",
+            )
+        if self.home_activity == 1.0:
+            raise SettingsError("simulate.home_activity is 1.0.", fix="Use a share below 1, or 0 for no homes.")
+        if self.elsewhere_types >= self.cell_types:
+            raise SettingsError(
+                f"simulate.elsewhere_types is {self.elsewhere_types}, but there are {self.cell_types} cell types.",
+                fix=f"Use at most {self.cell_types - 1}.",
             )
         if self.indirect_targets and not self.mediators:
             raise SettingsError(
@@ -170,6 +195,8 @@ class Network:
     """Regulator of each mediator."""
     pairs_p2: npt.NDArray[np.int64]
     """The regulators of each pair."""
+    elsewhere_gc: npt.NDArray[np.bool_]
+    """Cell types in which a gene is on without its driver."""
 
     @property
     def n_genes(self) -> int:
@@ -192,8 +219,7 @@ def plant_network(config: SimulateConfig) -> Network:
     draws = np.random.default_rng([config.seed, _NETWORK_STREAM])
     parent_m = np.repeat(np.arange(config.regulators), config.mediators)
     pairs_p2 = draws.permutation(config.regulators)[: 2 * config.pairs].reshape(-1, 2)
-    base = np.log(config.activity / (1 - config.activity))
-    log_odds_ck = base + draws.normal(0.0, config.type_bias, (config.cell_types, config.regulators))
+    log_odds_ck = _log_odds_ck(config) + draws.normal(0.0, config.type_bias, (config.cell_types, config.regulators))
     # Ids carry no hint of a gene's role: genes with neighbouring tokens have nothing in common.
     genes = _genes(config, draws)
     order = draws.permutation(len(genes))
@@ -209,8 +235,38 @@ def plant_network(config: SimulateConfig) -> Network:
         counts_g=np.array([gene.counts for gene in placed]),
         odds_ck=1.0 / (1.0 + np.exp(-log_odds_ck)),
         parent_m=parent_m,
-        pairs_p2=pairs_p2,
+        pairs_p2=_pairs_at_home(config) if config.home_activity else pairs_p2,
+        elsewhere_gc=_elsewhere_gc(config, placed),
     )
+
+
+def _log_odds_ck(config: SimulateConfig) -> npt.NDArray[np.float64]:
+    """Log odds of each regulator to be on in each cell type, before the types differ at random."""
+    share_ck = np.full((config.cell_types, config.regulators), config.activity)
+    if config.home_activity:
+        share_ck[_homes_k(config), np.arange(config.regulators)] = config.home_activity
+    return np.log(share_ck / (1 - share_ck))
+
+
+def _homes_k(config: SimulateConfig) -> npt.NDArray[np.int64]:
+    return np.arange(config.regulators) % config.cell_types
+
+
+def _pairs_at_home(config: SimulateConfig) -> npt.NDArray[np.int64]:
+    """Pairs of regulators, neighbours among those of one home first, so that both are often on in the same cells."""
+    by_home = np.argsort(_homes_k(config), kind="stable")
+    return by_home[: 2 * config.pairs].reshape(-1, 2)
+
+
+def _elsewhere_gc(config: SimulateConfig, genes: list[_Gene]) -> npt.NDArray[np.bool_]:
+    """Where direct targets are on without their regulator: types that are not its home, the same for all of it."""
+    draws = np.random.default_rng([config.seed, _ELSEWHERE_STREAM])
+    elsewhere_kc = np.zeros((config.regulators, config.cell_types), dtype=bool)
+    for regulator, home in enumerate(_homes_k(config)):
+        others = np.delete(np.arange(config.cell_types), home)
+        elsewhere_kc[regulator, draws.permutation(others)[: config.elsewhere_types]] = True
+    nowhere_c = np.zeros(config.cell_types, dtype=bool)
+    return np.array([elsewhere_kc[gene.driver] if gene.role == "direct target" else nowhere_c for gene in genes])
 
 
 def _genes(config: SimulateConfig, draws: np.random.Generator) -> list[_Gene]:
@@ -226,6 +282,7 @@ def _genes(config: SimulateConfig, draws: np.random.Generator) -> list[_Gene]:
 
     add("REG", "regulator", list(range(k)), 1.0, 0.0, config.regulator_counts)
     add("MED", "mediator", list(range(k, k + m)), 1.0, 0.0, config.mediator_counts)
+    add("ECH", "echo", [reg for reg in range(k) for _ in range(config.echoes)], 1.0, 0.0, config.regulator_counts)
     direct = [reg for reg in range(k) for _ in range(config.direct_targets)]
     add("DIR", "direct target", direct, config.penetrance, config.leak, config.target_counts)
     # The j-th indirect target of a regulator belongs to its mediator j modulo their number.
@@ -257,7 +314,7 @@ def truth_of(network: Network) -> dict[str, Any]:
     for gene, role, driver in zip(network.gene_ids, network.roles, network.driver_g.tolist(), strict=True):
         if role in ("regulator", "mediator"):
             self_driven[driver] = gene
-        else:
+        elif role != "echo":
             driven.setdefault(driver, []).append(gene)
     regulators = [self_driven[at] for at in range(k)]
     mediators = [self_driven[k + at] for at in range(n_mediators)]
@@ -276,7 +333,7 @@ def truth_of(network: Network) -> dict[str, Any]:
         "kind": TRUTH_KIND,
         "simulation_version": SIMULATION_VERSION,
         "seed": network.config.seed,
-        "config": dataclasses.asdict(network.config),
+        "config": _config_values(network.config),
         "genes": [{"id": gene, "symbol": symbol, "role": role} for gene, symbol, role in named],
         "regulators": regulators,
         "mediators": mediators,
@@ -289,6 +346,14 @@ def truth_of(network: Network) -> dict[str, Any]:
 
 
 UNRELATED_ROLES = ("housekeeping", "background")
+# Options that came later. At their defaults they are not written, so that older atlases are recognised as the same.
+_LATER = ("home_activity", "elsewhere_types", "elsewhere_penetrance", "echoes")
+
+
+def _config_values(config: SimulateConfig) -> dict[str, Any]:
+    default = {field.name: field.default for field in dataclasses.fields(SimulateConfig)}
+    values = dataclasses.asdict(config)
+    return {name: value for name, value in values.items() if name not in _LATER or value != default[name]}
 
 
 def _edge(regulator: str, target: str, *, via: str = "") -> dict[str, str]:
