@@ -170,7 +170,7 @@ def test_moves_go_back_through_all_layers(options: dict[str, object]) -> None:
     assert 0.9 < float((found_t[:35] @ true_t) / (true_t @ true_t)) < 1.1
 
 
-@pytest.mark.parametrize("layer", ["second_to_last", "last"])
+@pytest.mark.parametrize("layer", ["second_to_last", pytest.param("last", marks=pytest.mark.slow)])
 def test_estimates_order_deletions_as_deleting_does(embedder: Embedder, cell: np.ndarray, layer: str) -> None:
     readouts = Readouts(layer=layer)  # type: ignore[arg-type]
     true_g = np.array([answer.shift for answer in exact(embedder, cell, readouts)])
@@ -179,7 +179,7 @@ def test_estimates_order_deletions_as_deleting_does(embedder: Embedder, cell: np
     assert 0.7 < np.median(found_g / true_g) < 1.4
 
 
-@pytest.mark.parametrize("measure", ["cls", "mean_pooled"])
+@pytest.mark.parametrize("measure", [pytest.param("cls", marks=pytest.mark.slow), "mean_pooled"])
 def test_estimates_of_one_vector_and_toward_states(embedder: Embedder, cell: np.ndarray, measure: str) -> None:
     pooling = "cls" if measure == "cls" else "mean_genes"
     states = States(names=("a", "b"), vectors_sd=normal(2, embedder.width).numpy(), layer="last", pooling=pooling)

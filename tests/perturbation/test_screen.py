@@ -303,6 +303,7 @@ def test_a_changed_part_is_noticed(framed_bundle: Bundle, corpus: Corpus, tmp_pa
 
 
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.slow
 def test_an_error_in_a_worker_arrives_as_itself(
     short_bundle: Bundle, corpus: Corpus, tmp_path: Path, local_store: Store
 ) -> None:
