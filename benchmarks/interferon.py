@@ -133,7 +133,7 @@ def rows(genes: pl.DataFrame) -> list[Row]:
 
 
 def _sure(genes: pl.DataFrame) -> np.ndarray:
-    return ((genes["q"].fill_null(1.0) < 0.05) & (genes["trained"] > 0)).to_numpy()
+    return ((genes["q"].fill_null(1.0) < 0.05) & (genes["excess"] > 0)).to_numpy()
 
 
 def rank_auc(values_g: np.ndarray, positive_g: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
