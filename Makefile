@@ -40,6 +40,7 @@ types:
 	@infra/setup dev
 	@mkdir -p build/types/genescale
 	@for layer in $(LAYERS); do ln -sfn "$(CURDIR)/$$layer" "build/types/genescale/$$layer"; done
+	@ln -sfn "$(CURDIR)/serving/client" build/types/genescale/client
 
 infra-check:  ## render and check the Kubernetes manifests (needs kubectl, no cluster)
 	@infra/setup dev

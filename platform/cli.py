@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("genescale.training.model_commands:models", "list, show, promote, import or export models"),
     "embed": ("genescale.training.embed_command:embed", "embed a corpus with a model"),
     "perturb": ("genescale.perturbation.commands:perturb", "screen gene deletions or overexpression over a corpus"),
+    "index": ("genescale.serving.neighbours.index_command:index", "make a reference to find neighbours in"),
     "serve": ("genescale.serving.commands:serve", "answer embeddings and perturbations over HTTP"),
 }
 INTERRUPTED = 130

@@ -19,7 +19,10 @@
     ├── TrainingError              training            a training that cannot go on, such as a loss that is no number
     └── ServiceError               service             the HTTP service could not answer
         ├── UnauthorizedError      unauthorized        no key, or a wrong one
+        ├── ForbiddenError         forbidden           a key that may not ask this
         ├── OverloadedError        overloaded          the queue is full: try again later
+        │   └── RateLimitedError   rate_limited        this key has asked for more than it may a minute
+        ├── DrainingError          draining            the service is stopping: ask another one, or later
         └── DeadlineError          deadline            the answer took longer than allowed
 
 Callers may catch at any level. `code` is stable: programs may depend on it, message texts may change.
@@ -162,10 +165,28 @@ class UnauthorizedError(ServiceError):
     code = "unauthorized"
 
 
+class ForbiddenError(ServiceError):
+    """An accepted key without the scope that the question needs."""
+
+    code = "forbidden"
+
+
 class OverloadedError(ServiceError):
     """The queue is full: try again later."""
 
     code = "overloaded"
+
+
+class RateLimitedError(OverloadedError):
+    """One key asked for more than it may a minute; other keys are not affected."""
+
+    code = "rate_limited"
+
+
+class DrainingError(ServiceError):
+    """The service is stopping: it finishes what it began and takes nothing new."""
+
+    code = "draining"
 
 
 class DeadlineError(ServiceError):

@@ -27,10 +27,12 @@ from ray.serve.schema import LoggingConfig
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import ClusterError, SettingsError
 from genescale.platform.settings import Settings, build, load_settings
+from genescale.serving.access.draining import drain
 from genescale.serving.answers import Answers
 from genescale.serving.config import ServingConfig
 from genescale.serving.facts import describe
 from genescale.serving.gate import Gate
+from genescale.serving.neighbours.reference import IndexRelease, resolve_index
 from genescale.serving.release import Release, resolve
 from genescale.serving.replicas import CONSTRUCTOR_TRIES, ServedModel, cache_folder, model_deployment, prepare_process
 from genescale.serving.routes import http_application
@@ -52,7 +54,8 @@ class RunningService:
     config: ServingConfig
 
     def stop(self) -> None:
-        """Finish what is being answered, then stop the application, its proxy and Serve itself."""
+        """Refuse what is new, finish what is being answered, then stop the application, its proxy and Serve itself."""
+        drain(self.config.application, timeout_s=self.config.limits.deadline_s)
         serve.shutdown()
 
 
@@ -73,6 +76,7 @@ def start(model: str | Path | Bundle, config: ServingConfig, settings: Settings)
         _check_room(config)
     config = replace(config, port=config.port or _free_port(config.host))
     release = resolve(model, settings, cache_folder(config))
+    index = _index(release, config, settings)
     limits = config.limits
     try:
         serve.start(
@@ -86,7 +90,7 @@ def start(model: str | Path | Bundle, config: ServingConfig, settings: Settings)
             logging_config=_quiet(),
         )
         serve.run(
-            _application(release, config, settings),
+            _application(release, index, config, settings),
             name=config.application,
             route_prefix="/",
             logging_config=_quiet(),
@@ -120,22 +124,30 @@ def application(args: Mapping[str, Any]) -> serve.Application:
     if not model:
         raise SettingsError("missing model.", where="args", fix="Name one, for example models:/encoder@production.")
     config = build(ServingConfig, values, where="args")
-    return _application(resolve(str(model), settings, cache_folder(config)), config, settings)
+    release = resolve(str(model), settings, cache_folder(config))
+    return _application(release, _index(release, config, settings), config, settings)
 
 
-def _application(release: Release, config: ServingConfig, settings: Settings) -> serve.Application:
+def _index(release: Release, config: ServingConfig, settings: Settings) -> IndexRelease | None:
+    return resolve_index(config.index, release, settings, cache_folder(config)) if config.index else None
+
+
+def _application(
+    release: Release, index: IndexRelease | None, config: ServingConfig, settings: Settings
+) -> serve.Application:
     """The HTTP side, bound to the model's replicas."""
     options = Ingress.options(  # type: ignore[attr-defined]
         num_replicas=config.ingress_replicas,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         max_ongoing_requests=config.max_admitted + INGRESS_HEADROOM,
         max_queued_requests=INGRESS_QUEUE,
-        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=config.retry_after_s),
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=config.retry_after_s),
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=config.limits.deadline_s,
     )
-    bound: serve.Application = options.bind(model_deployment(release, config, settings), release, config, settings)
+    model = model_deployment(release, config, settings)
+    bound: serve.Application = options.bind(model, release, index, config, settings)
     return bound
 
 
@@ -144,17 +156,29 @@ def _application(release: Release, config: ServingConfig, settings: Settings) ->
 class Ingress:
     """The HTTP side: gate, routes, tokens. It holds the vocabulary, never the weights."""
 
-    def __init__(self, model: DeploymentHandle, release: Release, config: ServingConfig, settings: Settings) -> None:
+    def __init__(
+        self,
+        model: DeploymentHandle,
+        release: Release,
+        index: IndexRelease | None,
+        config: ServingConfig,
+        settings: Settings,
+    ) -> None:
         prepare_process(settings, config)
         bundle = release.open(settings, cache_folder(config))
-        info = describe(release, bundle, config)
+        reference = index.open(settings, cache_folder(config)) if index else None
+        info = describe(release, bundle, config, reference=reference.facts if reference else None)
         self._answers = Answers(
             ServedModel(model, places=config.max_ongoing * config.replicas), bundle.vocabulary, info, config.limits
         )
-        self._config = config
+        self._gate = http_application(self._answers, config, reference=reference, echo_request_id=False)
 
     def __serve_build_asgi_app__(self) -> Gate:
-        return http_application(self._answers, self._config, echo_request_id=False)
+        return self._gate
+
+    def drain(self) -> int:
+        """Take no new work; returns how many requests are still being answered."""
+        return self._gate.drain()
 
 
 def _check_room(config: ServingConfig) -> None:

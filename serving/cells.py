@@ -32,6 +32,11 @@ class PreparedCell:
     """`(t,)`, all genes in rank order; the same as `tokens` where nothing was cropped."""
     facts: CellFacts
 
+    @property
+    def n_shown(self) -> int:
+        """Genes that the model sees."""
+        return self.facts.n_genes - (len(self.uncropped) - len(self.tokens))
+
 
 class CellReader:
     """Turns the cells of one request into tokens; looks each gene name up once per request."""
@@ -42,14 +47,20 @@ class CellReader:
 
     def read(self, cell: CellAsked, *, where: str) -> PreparedCell:
         """Tokens of one cell; InputError names it by `where` when no gene of it can be used."""
+        if cell.tokens is not None:
+            return self.from_tokens(cell.id, np.asarray(cell.tokens, dtype=np.int64), f"{where}.tokens")
         if cell.counts is not None:
-            return self._from_counts(cell.id, cell.counts, where)
-        return self._from_tokens(cell.id, cell.tokens or [], where)
+            names, values, where = list(cell.counts), list(cell.counts.values()), f"{where}.counts"
+        else:
+            names, values, where = cell.genes or [], cell.values or [], f"{where}.genes"
+            check_names_differ(names, where)
+        counts_g = np.asarray(values, dtype=np.float64)
+        return self.from_counts(cell.id, names, self.lookup(names), counts_g, where)
 
-    def _from_counts(self, cell_id: str | None, counts: dict[str, float], where: str) -> PreparedCell:
-        names = list(counts)
-        counts_g = np.fromiter(counts.values(), dtype=np.float64, count=len(names))
-        tokens_g = self._lookup(names)
+    def from_counts(
+        self, cell_id: str | None, names: Sequence[str], tokens_g: np.ndarray, counts_g: np.ndarray, where: str
+    ) -> PreparedCell:
+        """The cell of these counts; `tokens_g` is what `lookup` says of the names."""
         reasons_g = self._reasons(tokens_g, counts_g)
         used_g = reasons_g == _USED
         tokens, position_g = np.unique(tokens_g[used_g], return_inverse=True)
@@ -65,11 +76,12 @@ class CellReader:
             n_tokens=len(ranked.input_ids),
             cropped=ranked.cropped,
             ignored=self._ignored(names, reasons_g),
-            merged=self._merged([names[i] for i in np.flatnonzero(used_g)], tokens, position_g),
+            merged=self._merged(names, np.flatnonzero(used_g), tokens, position_g),
         )
         return PreparedCell(tokens=ranked.input_ids, uncropped=whole.input_ids, facts=facts)
 
-    def _lookup(self, names: Sequence[str]) -> np.ndarray:
+    def lookup(self, names: Sequence[str]) -> np.ndarray:
+        """(g) int64: token of each name, UNKNOWN for a name of no gene."""
         new = [name for name in names if name not in self._token_of]
         self._token_of.update(zip(new, self.vocabulary.map_ids(new).tolist(), strict=True))
         return np.fromiter((self._token_of[name] for name in names), dtype=np.int64, count=len(names))
@@ -88,17 +100,20 @@ class CellReader:
         n = [len(at) for at in by_reason]
         return Ignored(n=sum(n), unknown=n[0], no_median=n[1], zero=n[2], genes=genes)
 
-    def _merged(self, names: Sequence[str], tokens: np.ndarray, position_g: np.ndarray) -> list[Merged]:
+    def _merged(
+        self, names: Sequence[str], used: np.ndarray, tokens: np.ndarray, position_g: np.ndarray
+    ) -> list[Merged]:
         repeated = np.flatnonzero(np.bincount(position_g) > 1)[: self.max_listed_genes]
         return [
             Merged(
                 gene=self.vocabulary.gene_of_token(int(tokens[at])),
-                names=[names[i] for i in np.flatnonzero(position_g == at).tolist()],
+                names=[names[i] for i in used[position_g == at].tolist()],
             )
             for at in repeated
         ]
 
-    def _from_tokens(self, cell_id: str | None, given: Sequence[int], where: str) -> PreparedCell:
+    def from_tokens(self, cell_id: str | None, given: np.ndarray, where: str) -> PreparedCell:
+        """The cell of these gene tokens `(t,)` int64, with or without `<cls>` and `<eos>`."""
         genes = self._checked_genes(given, where)
         frame = 0 if self.vocabulary.cls is None else 2
         kept = genes[: self.window - frame]
@@ -112,22 +127,25 @@ class CellReader:
         )
         return PreparedCell(tokens=self._framed(kept), uncropped=self._framed(genes), facts=facts)
 
-    def _checked_genes(self, given: Sequence[int], where: str) -> np.ndarray:
-        v, where = self.vocabulary, f"{where}.tokens"
-        if too_large := [token for token in given if token >= v.size]:
+    def _checked_genes(self, genes: np.ndarray, where: str) -> np.ndarray:
+        v = self.vocabulary
+        if (outside_t := (genes < 0) | (genes >= v.size)).any():
             raise InputError(
-                f"token {too_large[0]} does not exist.", where=where, fix=f"Token ids run from 0 to {v.size - 1}."
+                f"token {genes[outside_t][0]} does not exist.",
+                where=where,
+                fix=f"Token ids run from 0 to {v.size - 1}.",
             )
-        genes = np.asarray(given, dtype=np.int64)
         genes = genes[int(len(genes) > 0 and genes[0] == v.cls) :]
         genes = genes[: len(genes) - int(len(genes) > 0 and genes[-1] == v.eos)]
         if not len(genes):
             raise InputError("the cell has no gene.", where=where, fix="Give at least one gene token.")
         if np.isin(genes, list(v.special.values())).any():
             raise InputError("a special token stands among the genes.", where=where, fix="Leave out padding and masks.")
-        token, times = Counter(genes.tolist()).most_common(1)[0]
-        if times > 1:
-            raise InputError(f"token {token} ({v.gene_of_token(token)}) stands there {times} times.", where=where)
+        tokens, times = np.unique(genes, return_counts=True)
+        if (times > 1).any():
+            most = int(times.argmax())
+            name = v.gene_of_token(int(tokens[most]))
+            raise InputError(f"token {tokens[most]} ({name}) stands there {times[most]} times.", where=where)
         return genes
 
     def _framed(self, genes: np.ndarray) -> np.ndarray:
@@ -139,13 +157,19 @@ class CellReader:
 _USED = len(REASONS)
 
 
+def check_names_differ(names: Sequence[str], where: str) -> None:
+    """InputError for a name that stands twice: which of its counts is meant cannot be known."""
+    if len(set(names)) < len(names):
+        name, _ = Counter(names).most_common(1)[0]
+        raise InputError(f"the gene '{name}' stands there twice.", where=where, fix="Name each gene once.")
+
+
 def _nothing_left(names: Sequence[str], reasons_g: np.ndarray, where: str) -> InputError:
-    where = f"{where}.counts"
-    if not names:
+    if not len(names):
         return InputError("the cell has no counts.", where=where, fix="Give the raw count of each detected gene.")
     tally = ", ".join(f"{int((reasons_g == code).sum()):,} {why}" for code, why in enumerate(REASONS))
     return InputError(
         f"no gene of the cell can be ranked: of {len(names):,} names ({tally.replace('_', ' ')}) none is left.",
         where=where,
-        fix=f"Name genes by Ensembl id or symbol; the first name given is {names[0]!r}.",
+        fix=f"Name genes by Ensembl id or symbol; the first name given is {str(names[0])!r}.",
     )

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from genescale.perturbation.readouts.class_change import model_of_classes
 from genescale.platform.bundle import Bundle
 from genescale.serving.passes import Classified
 from genescale.training.embedder import Embedder
 from genescale.training.heads.head import Head
 from genescale.training.heads.head_files import heads_of
+from genescale.training.heads.predict import HeadModel
 from genescale.training.heads.spec import HEAD_BUNDLES
 
 
@@ -34,6 +36,10 @@ class ServedHeads:
             np.concatenate([head.answer(row_1d) for row_1d in np.split(rows_nd, len(cells))]) for head in self._heads
         ]
         return Classified(tokens_r=np.zeros(0, dtype=np.int64), answers=tuple(found))
+
+    def of_classes(self, label: str) -> HeadModel:
+        """The one head of cell classes that answers `label`; raises InputError for none."""
+        return model_of_classes(HeadModel(embedder=self._embedder, heads=tuple(self._heads)), label)
 
     def _classify_genes(self, cells: Sequence[np.ndarray], genes: frozenset[int] | None) -> Classified:
         wanted = None if genes is None else np.array(sorted(genes), dtype=np.int64)

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,20 @@ Everything else, limits included, can stand in a TOML file given by --config; /v
 
   genescale serve models:/encoder@production
   KEYS=$(openssl rand -hex 24) genescale serve models:/encoder@production --api-key-env KEYS
+  genescale serve keys new web --file keys.toml --scopes embed,perturb
+  genescale serve models:/encoder@production --keys-file keys.toml --host 0.0.0.0
+  genescale serve models:/encoder@production --index s3://lake/references/heart
   genescale serve --openapi > docs/openapi.json
 """
-FROM_OPTIONS = ("host", "port", "replicas", "num_cpus", "num_gpus", "tokens_per_batch", "cache")
+FROM_OPTIONS = ("host", "port", "replicas", "num_cpus", "num_gpus", "tokens_per_batch", "cache", "keys_file", "index")
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Run the service until Ctrl-C or SIGTERM; returns 0 after a clean stop."""
+    """Run the service until Ctrl-C or SIGTERM, or change its keys; returns 0 after a clean stop."""
+    if argv and argv[0] == "keys":
+        from genescale.serving.access.keys_command import keys
+
+        return keys(argv[1:])
     arguments, settings = begin(_parser(), argv)
     if arguments.openapi:
         print(openapi_text(), end="")
@@ -84,7 +92,17 @@ def serving_config(arguments: argparse.Namespace, environment: Mapping[str, str]
                 fix="Set it to one key, or several with commas between them.",
             )
         values["api_keys"] = keys
-    return build(ServingConfig, values, where=arguments.config or "genescale serve")
+    return with_readable_keys(build(ServingConfig, values, where=arguments.config or "genescale serve"))
+
+
+def with_readable_keys(config: ServingConfig) -> ServingConfig:
+    """The config with its file of keys read once and named absolutely; SettingsError now instead of in a replica."""
+    from genescale.serving.access.keys import read_keys
+
+    if not config.keys_file:
+        return config
+    read_keys(config.keys_file)
+    return replace(config, keys_file=str(Path(config.keys_file).absolute()))
 
 
 def greeting(running: RunningService) -> str:
@@ -92,7 +110,7 @@ def greeting(running: RunningService) -> str:
     from genescale.serving.facts import HEAD_FILE
 
     release, url = running.release, running.url
-    key = " \\\n    -H 'Authorization: Bearer '$KEY" if running.config.api_keys else ""
+    key = " \\\n    -H 'Authorization: Bearer '$KEY" if running.config.has_keys else ""
     body = '{"cells": [{"counts": {"GATA4": 3, "TTN": 41}}]}'
     question = "classify" if Path(release.folder, HEAD_FILE).is_file() else "embeddings"
     return "\n".join(
@@ -131,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-gpus", type=float, help="GPUs per copy (default 0)")
     parser.add_argument("--tokens-per-batch", type=int, help="token budget of one pass through the model")
     parser.add_argument("--cache", metavar="DIR", help="folder for downloaded models (default: a temporary one)")
-    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the accepted keys")
+    parser.add_argument("--index", metavar="URI", help="reference that /v1/neighbors searches (genescale index)")
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with keys that may ask everything")
+    parser.add_argument("--keys-file", metavar="FILE", help="file of accepted keys (genescale serve keys --help)")
     parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document and stop")
     return parser

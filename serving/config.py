@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 from genescale.platform.errors import SettingsError
 from genescale.platform.settings import Secret
+from genescale.serving.access.callers import is_loopback
 
 # Shorter keys can be guessed, and a key of blanks is an unset variable.
 SHORTEST_KEY = 16
@@ -21,6 +22,8 @@ class Limits:
 
     max_body_bytes: int = 32 * 1024 * 1024
     """Bytes of a request's body, counted while they arrive."""
+    max_held_bytes: int = 256 * 1024 * 1024
+    """Bytes of all bodies that one HTTP process holds at a time (429 beyond)."""
     max_cells: int = 256
     """Cells per request."""
     max_genes_per_cell: int = 65_536
@@ -30,7 +33,11 @@ class Limits:
     max_genes_per_edit: int = 64
     """Genes that one edit changes together."""
     max_gene_shifts: int = 256
-    """Genes whose own shifts may be asked for."""
+    """Genes whose own shifts may be asked for: by name, and again as those that moved furthest."""
+    max_states: int = 32
+    """States toward which movements may be asked for."""
+    max_gene_values: int = 2_000_000
+    """Numbers that one answer may hold as embeddings of genes."""
     max_classified_genes: int = 65_536
     """Genes whose classes one answer may hold."""
     max_tokens: int = 2_000_000
@@ -40,12 +47,18 @@ class Limits:
     body_timeout_s: float = 30.0
     """Seconds a request's body may take to arrive (408)."""
     deadline_s: float = 60.0
-    """Seconds an answer may take once the body is there (504)."""
+    """Seconds an answer may take once the body is there (504); a request may ask for less."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value <= 0:
                 raise SettingsError(f"{name} is {value}.", where="serving limits", fix="Use a number above 0.")
+        if self.max_held_bytes < self.max_body_bytes:
+            raise SettingsError(
+                f"max_held_bytes is {self.max_held_bytes}, below max_body_bytes: the largest body could never be held.",
+                where="serving limits",
+                fix=f"Use {self.max_body_bytes} or more.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +85,18 @@ class ServingConfig:
     max_ongoing: int = 16
     """Requests per model replica that are worked on in turns, pass by pass, or together in one."""
     max_queued: int = 32
-    """Further requests that may wait; beyond them the answer is 503 with `Retry-After`."""
+    """Further requests that may wait; beyond them the answer is 429 with `Retry-After`."""
     retry_after_s: int = 1
+    """The longest time that a refusal for want of room asks a caller to wait."""
     api_keys: tuple[Secret, ...] = ()
-    """Accepted bearer keys; none means that everyone may ask."""
+    """Accepted bearer keys that may ask everything, without limits of their own."""
+    keys_file: str = ""
+    """File of accepted keys (`genescale serve keys`), on every node that runs an HTTP side; read again when it changes.
+    Without keys of either kind everyone may ask, and only on this machine."""
     cache: str = ""
     """Folder on each node for downloaded models; empty means a temporary one."""
+    index: str = ""
+    """Folder or s3:// address of the reference that /v1/neighbors searches (`genescale index`); empty means none."""
     application: str = "genescale"
     """Name of the application in Ray Serve."""
     limits: Limits = Limits()
@@ -91,6 +110,15 @@ class ServingConfig:
             raise SettingsError(f"num_cpus is {self.num_cpus}.", where="serving", fix="Use a number above 0.")
         if not 0 <= self.port <= 65_535:
             raise SettingsError(f"port is {self.port}.", where="serving", fix="Use 1 to 65535, or 0 for a free one.")
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        if not self.has_keys and not is_loopback(self.host):
+            raise SettingsError(
+                f"a service without keys may not listen on '{self.host}'.",
+                where="serving",
+                fix="Give it keys (--keys-file or --api-key-env), or let it listen on 127.0.0.1.",
+            )
         for key in self.api_keys:
             if len(key.reveal().strip()) < SHORTEST_KEY or not key.reveal().isascii():
                 raise SettingsError(
@@ -98,6 +126,11 @@ class ServingConfig:
                     where="serving",
                     fix="Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
                 )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether a key is needed."""
+        return bool(self.api_keys or self.keys_file)
 
     @property
     def max_admitted(self) -> int:

@@ -7,20 +7,23 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import get_args
 
-from genescale.perturbation.editing.edits import KINDS
 from genescale.perturbation.readouts.shift import MEASURES
 from genescale.platform.bundle import Bundle
 from genescale.serving.config import ServingConfig
+from genescale.serving.media import JSON_OR_ARROW
 from genescale.serving.release import Release
 from genescale.serving.schemas import (
     CorpusFacts,
     EncoderFacts,
     HeadFacts,
     InfoAnswered,
+    Kind,
     Layer,
     ModelFacts,
+    Output,
     Pooling,
     Provenance,
+    ReferenceFacts,
     VocabularyFacts,
 )
 
@@ -42,8 +45,10 @@ def head_facts(bundle: Bundle) -> list[HeadFacts]:
     ]
 
 
-def describe(release: Release, bundle: Bundle, config: ServingConfig) -> InfoAnswered:
-    """What `/v1/info` says: model, vocabulary, corpus, choices and limits."""
+def describe(
+    release: Release, bundle: Bundle, config: ServingConfig, *, reference: ReferenceFacts | None = None
+) -> InfoAnswered:
+    """What `/v1/info` says: model, vocabulary, corpus, reference, choices and limits."""
     vocabulary, lineage = bundle.vocabulary, bundle.lineage
     has_cls = vocabulary.cls is not None
     provenance = Provenance(
@@ -64,12 +69,15 @@ def describe(release: Release, bundle: Bundle, config: ServingConfig) -> InfoAns
             has_cls=has_cls,
         ),
         heads=head_facts(bundle),
+        reference=reference,
         lineage={key: lineage[key] for key in PUBLIC_LINEAGE if key in lineage},
         choices={
             "layer": list(get_args(Layer)),
+            "content_types": list(JSON_OR_ARROW),
+            "output": [name for name in get_args(Output) if has_cls or name != "cls"],
             "pooling": [name for name in get_args(Pooling) if has_cls or name != "cls"],
             "measure": [name for name in MEASURES if has_cls or name != "cls"],
-            "kind": list(KINDS),
+            "kind": list(get_args(Kind)),
         },
         limits={**asdict(config.limits), **{name: getattr(config, name) for name in SHOWN}},
     )

@@ -1,25 +1,34 @@
 """The gate: what every request passes before the application sees it, as plain ASGI.
 
-In this order: request id, key, body (counted while it arrives), admission, deadline. Each refusal is answered here, in
-the shape of `problems.py`, and costs no work behind the gate. What leaves carries security headers.
+In this order: request id, key and scope, room, rate, body (counted while it arrives), a place, deadline. Each refusal
+is answered here, in the shape of `problems.py`, and costs no work behind the gate. A caller who leaves ends its request
+wherever it is. What leaves carries security headers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
+import contextlib
 import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from genescale.platform.errors import DeadlineError, LimitError, OverloadedError, UnauthorizedError
+from genescale.platform.errors import DeadlineError, DrainingError, OverloadedError
 from genescale.platform.log import bind, get_logger
-from genescale.platform.settings import Secret
+from genescale.serving.access.bodies import read_whole
+from genescale.serving.access.callers import caller_of, header
+from genescale.serving.access.keys import ApiKey
+from genescale.serving.access.presence import CallerLeftError, Presence
+from genescale.serving.access.rates import Rates, paid_by
+from genescale.serving.access.ring import KeyRing
+from genescale.serving.access.room import Room
+from genescale.serving.access.scopes import OPEN_PATHS, READY
 from genescale.serving.config import ServingConfig
-from genescale.serving.problems import JSON_TYPE, Problem, problem_of
+from genescale.serving.problems import JSON_TYPE, Problem, RefusedError, problem_of, refused
+
+__all__ = ["OPEN_PATHS", "Gate"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -27,8 +36,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# Probes of an orchestrator carry no key; they say nothing but "alive" and "ready".
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+# Questions that cost the model nothing take no place: facts and probes are answered when all places are taken.
+FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+DEADLINE_HEADER = "X-Genescale-Deadline-Ms"
 SECURITY_HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -37,19 +47,22 @@ SECURITY_HEADERS = {
     "x-frame-options": "DENY",
 }
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+MILLISECONDS = re.compile(rb"[1-9][0-9]{0,8}")
 log = get_logger(__name__)
 
 
 class Gate:
     """An ASGI application around another one.
 
-    `echo_request_id` is off behind Ray Serve, whose proxy sets `X-Request-ID` on every response itself.
+    `echo_request_id` is off behind Ray Serve, whose proxy sets `X-Request-ID` on every response itself. Raises
+    SettingsError when the file of keys cannot be used.
     """
 
     def __init__(self, app: Application, config: ServingConfig, *, echo_request_id: bool = True) -> None:
         self.app, self.config, self.echo_request_id = app, config, echo_request_id
-        self.keys = _digests(config.api_keys)
-        self.admitted = 0
+        self.ring = KeyRing(config.api_keys, config.keys_file)
+        self.rates = Rates(config.ingress_replicas)
+        self.room = Room(config.max_admitted, config.limits.max_held_bytes, retry_after_s=config.retry_after_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection; only HTTP is spoken here."""
@@ -60,6 +73,11 @@ class Gate:
         else:
             await self._http(scope, receive, send)
 
+    def drain(self) -> int:
+        """Take no new work and say so to probes; returns how many requests are still being answered."""
+        self.room.draining = True
+        return self.room.admitted
+
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = _request_id(scope)
         scope["request_id"] = request_id
@@ -67,98 +85,78 @@ class Gate:
         began = time.monotonic()
         with bind(request_id=request_id):
             try:
-                await self._pass(scope, receive, answer)
+                await self._pass(scope, receive, answer, began)
+            except CallerLeftError:
+                # Nobody is there to be answered; the line below says that the caller is gone.
+                pass
             # Whatever ended the request, the caller gets one shape of answer and the log gets the trace.
             except Exception as error:  # noqa: BLE001
                 await self._refuse(error, answer, request_id)
             finally:
-                milliseconds = 1000 * (time.monotonic() - began)
-                log.info("%s %r %s in %.1f ms", scope["method"], scope["path"], answer.status or "gone", milliseconds)
+                _log_line(scope, answer.status, 1000 * (time.monotonic() - began))
 
-    async def _pass(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        if scope["path"] not in OPEN_PATHS:
-            self._check_key(scope)
-        body = await self._body(scope, receive)
-        if body is None:
-            return
-        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            await self._within_deadline(scope, _Replay(body, receive), answer)
-            return
-        if self.admitted >= self.config.max_admitted:
-            raise OverloadedError(
-                "all places for requests are taken.", fix=f"Try again in {self.config.retry_after_s} s or later."
-            )
-        self.admitted += 1
+    async def _pass(self, scope: Scope, receive: Receive, answer: _Answer, began: float) -> None:
+        key = self._admit_caller(scope)
+        deadline_s = self._deadline_s(scope)
+        works = scope["method"] not in FREE_METHODS
+        if works:
+            # Refused before the body is read: what there is no room for must not fill the memory.
+            self.room.check()
+        if key is not None:
+            self.rates.take_request(key)
+        with self.room.bytes_held() as hold:
+            body = await read_whole(scope, receive, self.config.limits, hold)
+            if body is None:
+                return
+            with self.room.place() if works else contextlib.nullcontext(), paid_by(self.rates, key):
+                await self._within(deadline_s, began, scope, Presence(body, receive), answer)
+
+    def _admit_caller(self, scope: Scope) -> ApiKey | None:
+        if scope["path"] in OPEN_PATHS:
+            if scope["path"] == READY:
+                self.room.check_open()
+            return None
+        key = caller_of(scope, self.ring)
+        scope["key_id"] = key.id if key else ""
+        return key
+
+    def _deadline_s(self, scope: Scope) -> float | None:
+        """The caller's own deadline in seconds from its arrival, None when it names none."""
+        given = header(scope, DEADLINE_HEADER.lower().encode())
+        if not given:
+            return None
+        if not MILLISECONDS.fullmatch(given):
+            raise refused(422, "the deadline is no whole number of milliseconds above 0.", where=DEADLINE_HEADER)
+        return int(given) / 1000
+
+    async def _within(
+        self, deadline_s: float | None, began: float, scope: Scope, presence: Presence, answer: _Answer
+    ) -> None:
+        """Let the application answer, until the deadline or until the caller leaves."""
+        limit_s = self.config.limits.deadline_s
+        # The service's limit counts from here; the caller's own from its arrival, because it waits since then.
+        left_s = limit_s if deadline_s is None else min(limit_s, deadline_s - (time.monotonic() - began))
+        allowed_s = limit_s if deadline_s is None else min(limit_s, deadline_s)
+        late = DeadlineError(
+            f"the answer took longer than {allowed_s:g} s.", fix="Ask for fewer cells or edits at a time."
+        )
+        if left_s <= 0:
+            raise late
         try:
-            await self._within_deadline(scope, _Replay(body, receive), answer)
-        finally:
-            self.admitted -= 1
-
-    def _check_key(self, scope: Scope) -> None:
-        if not self.keys:
-            return
-        scheme, _, key = _header(scope, b"authorization").partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        # Every key is compared, in constant time: neither the match nor its place can be timed.
-        matches = [hmac.compare_digest(digest, known) for known in self.keys]
-        if scheme.lower() != b"bearer" or not any(matches):
-            raise UnauthorizedError(
-                "a key is needed, and this request has none that is accepted.",
-                fix="Send the header `Authorization: Bearer <key>`.",
-            )
-
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, or None when the caller left; LimitError as soon as it is too long."""
-        limits = self.config.limits
-        declared = _header(scope, b"content-length")
-        if declared.isdigit() and (len(declared) > 18 or int(declared) > limits.max_body_bytes):
-            raise _too_long(limits.max_body_bytes)
-        parts: list[bytes] = []
-        size_bytes, more = 0, True
-        try:
-            async with asyncio.timeout(limits.body_timeout_s) as patience:
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    parts.append(message.get("body", b""))
-                    size_bytes += len(parts[-1])
-                    if size_bytes > limits.max_body_bytes:
-                        raise _too_long(limits.max_body_bytes)
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            if patience.expired():
-                raise _SlowBodyError from None
-            raise
-        return b"".join(parts)
-
-    async def _within_deadline(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        deadline_s = self.config.limits.deadline_s
-        try:
-            async with asyncio.timeout(deadline_s) as patience:
-                await self.app(scope, receive, answer.send)
+            async with asyncio.timeout(left_s) as patience, presence.watched():
+                await self.app(scope, presence, answer.send)
         except TimeoutError:
             if not patience.expired():
                 raise
-            raise DeadlineError(
-                f"the answer took longer than {deadline_s:g} s.", fix="Ask for fewer cells or edits at a time."
-            ) from None
+            raise late from None
 
     async def _refuse(self, error: Exception, answer: _Answer, request_id: str) -> None:
-        problem = self._problem(error)
-        if problem.status >= 500 and not isinstance(error, (OverloadedError, DeadlineError)):
+        problem = problem_of(error, retry_after_s=self.config.retry_after_s)
+        expected = isinstance(error, (OverloadedError, DeadlineError, DrainingError, RefusedError))
+        if problem.status >= 500 and not expected:
             log.error("request failed", exc_info=error)
         if not answer.status:
             await answer.problem(problem, request_id)
-
-    def _problem(self, error: Exception) -> Problem:
-        if isinstance(error, _SlowBodyError):
-            return Problem(status=408, code=DeadlineError.code, message="the request's body took too long to arrive.")
-        return problem_of(error, retry_after_s=self.config.retry_after_s)
-
-
-class _SlowBodyError(Exception):
-    """The body did not arrive in time."""
 
 
 class _Answer:
@@ -188,33 +186,13 @@ class _Answer:
         return given + [(k.encode(), v.encode()) for k, v in ours.items() if k.encode() not in present]
 
 
-class _Replay:
-    """`receive` for the application: the body at once, then what the connection says (that the caller left)."""
-
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
-        self._receive = receive
-
-    async def __call__(self) -> Message:
-        if self._body is None:
-            return await self._receive()
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
-
-
-def _digests(keys: Iterable[Secret]) -> list[bytes]:
-    return [hashlib.sha256(key.reveal().strip().encode()).digest() for key in keys]
-
-
-def _header(scope: Scope, name: bytes) -> bytes:
-    return next((value for key, value in scope["headers"] if key.lower() == name), b"")
+def _log_line(scope: Scope, status: int, milliseconds: float) -> None:
+    key_id = scope.get("key_id", "")
+    with bind(key_id=key_id) if key_id else contextlib.nullcontext():
+        log.info("%s %r %s in %.1f ms", scope["method"], scope["path"], status or "gone", milliseconds)
 
 
 def _request_id(scope: Scope) -> str:
     """The caller's id when it is harmless in a log line, else a new one."""
-    given = _header(scope, b"x-request-id").decode("latin-1")
+    given = header(scope, b"x-request-id").decode("latin-1")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _too_long(limit_bytes: int) -> LimitError:
-    return LimitError(f"the body is longer than {limit_bytes:,} bytes.", fix="Send fewer cells at a time.")

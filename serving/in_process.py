@@ -9,32 +9,34 @@ from typing import Any
 
 import numpy as np
 
-from genescale.perturbation.perturb import CellEmbedder, EditAnswer, EditRequest
+from genescale.perturbation.perturb import EditAnswer, EditRequest
 from genescale.serving.passes import (
     Classified,
     Classifier,
     Comparison,
     Outcome,
     Pass,
+    Rows,
+    ServedEmbedder,
     carry_out,
     classify_in_passes,
     embed_in_passes,
     perturb_in_passes,
 )
-from genescale.serving.schemas import Layer, Pooling
+from genescale.serving.schemas import Layer
 
 
 class InProcessModel:
     """The `Model` of an embedder, and of heads on it, that live here; one pass at a time, on a thread of its own."""
 
     def __init__(
-        self, embedder: CellEmbedder, classifier: Classifier | None = None, *, tokens_per_batch: int = 8_192
+        self, embedder: ServedEmbedder, classifier: Classifier | None = None, *, tokens_per_batch: int = 8_192
     ) -> None:
         self.embedder, self.classifier, self.tokens_per_batch = embedder, classifier, tokens_per_batch
         self._lane = ThreadPoolExecutor(max_workers=1, thread_name_prefix="genescale-model")
 
-    async def embed(self, cells: Sequence[np.ndarray], layer: Layer, pooling: Pooling) -> Outcome[np.ndarray]:
-        """Embeddings `(n, d)` float32 in the order of `cells`."""
+    async def embed(self, cells: Sequence[np.ndarray], layer: Layer, pooling: Rows) -> Outcome[np.ndarray]:
+        """Rows `(r, d)` float32 in the order of `cells`: one for each, or one for each gene of each."""
         return await embed_in_passes(self._run, cells, layer, pooling, tokens_per_pass=self.tokens_per_batch)
 
     async def perturb(

@@ -3,23 +3,36 @@
 A *pass* is a piece of one request that fits the budget. Passes of different requests run together when the budget has
 room; an embedder answers a cell with the same bits whatever else is in its batch (on the CPU), so nobody can tell.
 
-Axis suffixes: `n` cells, `t` tokens, `d` width.
+Axis suffixes: `n` cells, `t` tokens, `d` width, `s` states, `k` genes of an edited cell.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from genescale.perturbation.perturb import CellEmbedder, EditAnswer, EditRequest, perturb_cells
+from genescale.perturbation.perturb import CellEmbedder, EditAnswer, EditRequest, Readouts, perturb_cells
+from genescale.perturbation.readouts.states import States
 from genescale.platform.errors import GenescaleError, InputError
-from genescale.serving.schemas import Layer, Measure, Pooling
+from genescale.serving.schemas import Layer, Measure
+
+if TYPE_CHECKING:
+    from genescale.training.heads.predict import HeadModel
 
 T = TypeVar("T")
+Rows = Literal["mean_genes", "cls", "genes"]
+"""What is read from a cell: one row, pooled as the name says, or one row for each gene."""
+
+
+class ServedEmbedder(CellEmbedder, Protocol):
+    """What passes need of an embedder."""
+
+    def embed_genes(self, cells: Sequence[np.ndarray], *, layer: Layer) -> list[np.ndarray]:
+        """One vector per token of each cell `(t, d)` float32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +41,7 @@ class EmbedPass:
 
     cells: Sequence[np.ndarray]
     layer: Layer
-    pooling: Pooling
+    pooling: Rows
     cost: int
     """Tokens that go through the model, at most the budget."""
 
@@ -39,8 +52,14 @@ class Comparison:
 
     layer: Layer
     measure: Measure
-    goal: np.ndarray | None = None
-    gene_shifts_of: tuple[int, ...] | None = None
+    states_sd: np.ndarray | None = None
+    """(s, d) float64: vectors of states; the answers have a movement toward each, in this order."""
+    gene_shifts_of: tuple[int, ...] = ()
+    """Tokens of genes whose own shifts are wanted."""
+    n_furthest: int = 0
+    """How many of the genes that moved furthest are wanted beside them."""
+    head: str = ""
+    """Label of the head of cell classes whose change is wanted; empty for none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,6 +102,9 @@ class Classifier(Protocol):
     def classify(self, cells: Sequence[np.ndarray], genes: frozenset[int] | None) -> Classified:
         """Answers of every head, rows in the order of the cells."""
 
+    def of_classes(self, label: str) -> HeadModel:
+        """The one head of cell classes that answers `label`; raises InputError for none."""
+
 
 Pass = EmbedPass | PerturbPass | ClassifyPass
 
@@ -101,8 +123,8 @@ RunPass = Callable[[Pass], Awaitable[Outcome[Any]]]
 class Model(Protocol):
     """What the HTTP side asks of a model, wherever it runs."""
 
-    async def embed(self, cells: Sequence[np.ndarray], layer: Layer, pooling: Pooling) -> Outcome[np.ndarray]:
-        """Embeddings `(n, d)` float32 in the order of `cells`."""
+    async def embed(self, cells: Sequence[np.ndarray], layer: Layer, pooling: Rows) -> Outcome[np.ndarray]:
+        """Rows `(r, d)` float32 in the order of `cells`: one for each, or one for each gene of each."""
 
     async def perturb(
         self,
@@ -121,7 +143,7 @@ class Model(Protocol):
 
 
 def split_embedding(
-    cells: Sequence[np.ndarray], layer: Layer, pooling: Pooling, *, tokens_per_pass: int
+    cells: Sequence[np.ndarray], layer: Layer, pooling: Rows, *, tokens_per_pass: int
 ) -> list[EmbedPass]:
     """Passes that hold `cells` in order, none above the budget unless it is a single cell."""
     return [
@@ -208,7 +230,7 @@ def _runs(n: int, cost_of: Callable[[int, bool], int], budget: int) -> list[tupl
 
 
 def carry_out(
-    embedder: CellEmbedder, passes: Sequence[Pass], classifier: Classifier | None = None
+    embedder: ServedEmbedder, passes: Sequence[Pass], classifier: Classifier | None = None
 ) -> list[Outcome[object]]:
     """Run passes of any requests together; `value` of a pass that failed is its exception.
 
@@ -225,7 +247,9 @@ def carry_out(
         if not isinstance(one, EmbedPass):
             try:
                 values[position] = (
-                    _perturb(embedder, one) if isinstance(one, PerturbPass) else _classify(classifier, one)
+                    _perturb(embedder, one, classifier)
+                    if isinstance(one, PerturbPass)
+                    else _existing(classifier).classify(one.cells, one.genes)
                 )
             except Exception as error:  # noqa: BLE001
                 values[position] = error
@@ -235,42 +259,81 @@ def carry_out(
 
 def _alike(passes: Sequence[Pass]) -> list[list[int]]:
     """Positions of embedding passes, those with the same options together."""
-    groups: dict[tuple[Layer, Pooling], list[int]] = {}
+    groups: dict[tuple[Layer, Rows], list[int]] = {}
     for position, one in enumerate(passes):
         if isinstance(one, EmbedPass):
             groups.setdefault((one.layer, one.pooling), []).append(position)
     return list(groups.values())
 
 
-def _embed(embedder: CellEmbedder, passes: Sequence[Pass]) -> list[np.ndarray]:
+def _embed(embedder: ServedEmbedder, passes: Sequence[Pass]) -> list[np.ndarray]:
     alike = [one for one in passes if isinstance(one, EmbedPass)]
-    cells = [cell for one in alike for cell in one.cells]
-    vectors_nd = embedder.embed_cells(cells, layer=alike[0].layer, pooling=alike[0].pooling)
-    if not np.isfinite(vectors_nd).all():
+    cells, layer, pooling = [cell for one in alike for cell in one.cells], alike[0].layer, alike[0].pooling
+    if pooling == "genes":
+        of_cells = _gene_rows(embedder, cells, layer)
+        rows_rd, counts_n = np.concatenate(of_cells), np.array([len(rows_gd) for rows_gd in of_cells])
+    else:
+        rows_rd, counts_n = embedder.embed_cells(cells, layer=layer, pooling=pooling), np.ones(len(cells), dtype=int)
+    if not np.isfinite(rows_rd).all():
         raise GenescaleError("the model gave embeddings that are not finite numbers.", fix="Check its weights.")
-    bounds = np.cumsum([len(one.cells) for one in alike])
-    return np.split(vectors_nd, bounds[:-1])
+    ends_n, last = np.cumsum(counts_n), np.cumsum([len(one.cells) for one in alike]) - 1
+    return np.split(rows_rd, ends_n[last[:-1]])
 
 
-def _perturb(embedder: CellEmbedder, one: PerturbPass) -> list[list[EditAnswer]]:
-    return perturb_cells(
-        embedder,
-        one.cells,
-        one.edits,
-        layer=one.comparison.layer,
-        measure=one.comparison.measure,
-        goal=one.comparison.goal,
-        gene_shifts_of=one.comparison.gene_shifts_of,
-        uncropped=one.uncropped,
+def _gene_rows(embedder: ServedEmbedder, cells: Sequence[np.ndarray], layer: Layer) -> list[np.ndarray]:
+    """Embeddings `(g, d)` of the genes of each cell, without those of special tokens."""
+    special = list(embedder.vocabulary.special.values())
+    rows = embedder.embed_genes(cells, layer=layer)
+    return [rows_td[~np.isin(cell, special)] for cell, rows_td in zip(cells, rows, strict=True)]
+
+
+def _perturb(embedder: CellEmbedder, one: PerturbPass, classifier: Classifier | None) -> list[list[EditAnswer]]:
+    comparison = one.comparison
+    readouts = _readouts(comparison, classifier)
+    answers = perturb_cells(embedder, one.cells, one.edits, readouts=readouts, uncropped=one.uncropped)
+    if not comparison.n_furthest:
+        return answers
+    # Here and not at the HTTP side: only what is asked for leaves the replica.
+    return [[_only_wanted_genes(answer, comparison) for answer in of_cell] for of_cell in answers]
+
+
+def _readouts(comparison: Comparison, classifier: Classifier | None) -> Readouts:
+    readouts = Readouts(
+        layer=comparison.layer,
+        measure=comparison.measure,
+        gene_shifts_of="all" if comparison.n_furthest else comparison.gene_shifts_of or None,
+        head=_existing(classifier).of_classes(comparison.head) if comparison.head else None,
     )
+    if comparison.states_sd is None:
+        return readouts
+    # The caller says of what model, layer and pooling the states are: nothing but their width can be checked.
+    states = States(
+        names=tuple(str(at) for at in range(len(comparison.states_sd))),
+        vectors_sd=comparison.states_sd,
+        layer=readouts.layer,
+        pooling=readouts.pooling,
+    )
+    return replace(readouts, states=states)
 
 
-def _classify(classifier: Classifier | None, one: ClassifyPass) -> Classified:
+def _only_wanted_genes(answer: EditAnswer, comparison: Comparison) -> EditAnswer:
+    kept_k = np.isin(answer.gene_tokens, comparison.gene_shifts_of)
+    kept_k[furthest_genes(answer, comparison.n_furthest)] = True
+    return replace(answer, gene_tokens=answer.gene_tokens[kept_k], gene_cosine_values=answer.gene_cosine_values[kept_k])
+
+
+def furthest_genes(answer: EditAnswer, n: int) -> np.ndarray:
+    """Positions in `gene_tokens` of the `n` genes whose embeddings moved furthest, the furthest first."""
+    # Of equal shifts the lower token comes first: the order must not depend on what else was asked for.
+    return np.lexsort((answer.gene_tokens, answer.gene_cosine_values))[:n]
+
+
+def _existing(classifier: Classifier | None) -> Classifier:
     if classifier is None:
         raise InputError(
             "this model has no head.", fix="Serve a model that `genescale finetune` made; /v1/info lists its heads."
         )
-    return classifier.classify(one.cells, one.genes)
+    return classifier
 
 
 async def classify_in_passes(
@@ -287,9 +350,9 @@ async def classify_in_passes(
 
 
 async def embed_in_passes(
-    run: RunPass, cells: Sequence[np.ndarray], layer: Layer, pooling: Pooling, *, tokens_per_pass: int
+    run: RunPass, cells: Sequence[np.ndarray], layer: Layer, pooling: Rows, *, tokens_per_pass: int
 ) -> Outcome[np.ndarray]:
-    """Embeddings `(n, d)` of `cells` in order, from passes that `run` carries out."""
+    """Rows `(r, d)` of `cells` in order, from passes that `run` carries out."""
     done = await _all(run, split_embedding(cells, layer, pooling, tokens_per_pass=tokens_per_pass))
     return Outcome(value=np.concatenate([one.value for one in done]), forward_s=_total_s(done))
 

@@ -9,12 +9,14 @@ that are not the caller's carry the request id only, so that no path, bucket or 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from genescale.platform.errors import (
     DeadlineError,
+    ForbiddenError,
     GenescaleError,
     InputError,
     LimitError,
@@ -27,7 +29,8 @@ from genescale.platform.errors import (
 STATUS_OF: tuple[tuple[type[GenescaleError], int], ...] = (
     (LimitError, 413),
     (UnauthorizedError, 401),
-    (OverloadedError, 503),
+    (ForbiddenError, 403),
+    (OverloadedError, 429),
     (DeadlineError, 504),
     (ServiceError, 503),
     (InputError, 422),
@@ -67,7 +70,7 @@ def refused(status: int, message: str, **details: Any) -> RefusedError:
     return RefusedError(Problem(status=status, code=InputError.code, message=message, details=details))
 
 
-def problem_of(error: BaseException, *, retry_after_s: int = 1) -> Problem:
+def problem_of(error: BaseException, *, retry_after_s: float = 1.0) -> Problem:
     """The answer to a request that ended in `error`."""
     if isinstance(error, RefusedError):
         return error.problem
@@ -86,7 +89,12 @@ def problem_of(error: BaseException, *, retry_after_s: int = 1) -> Problem:
     return Problem(status=500, code=code, message=OUR_FAULT)
 
 
-def _headers(status: int, retry_after_s: int) -> dict[str, str]:
+def retry_headers(wait_s: float) -> dict[str, str]:
+    """When to ask again: in whole seconds, as HTTP has it, and in milliseconds for clients that can wait so shortly."""
+    return {"Retry-After": str(math.ceil(wait_s)), "Retry-After-Ms": str(math.ceil(1000 * wait_s))}
+
+
+def _headers(status: int, retry_after_s: float) -> dict[str, str]:
     if status == 401:
         return {"WWW-Authenticate": 'Bearer realm="genescale"'}
-    return {"Retry-After": str(retry_after_s)} if status == 503 else {}
+    return retry_headers(retry_after_s) if status in (429, 503) else {}

@@ -36,13 +36,14 @@ from genescale.serving.passes import (
     Comparison,
     Outcome,
     Pass,
+    Rows,
     carry_out,
     classify_in_passes,
     embed_in_passes,
     perturb_in_passes,
 )
 from genescale.serving.release import Release
-from genescale.serving.schemas import Layer, Pooling
+from genescale.serving.schemas import Layer
 
 PROBE_GENES = 16
 PROBE_PLACES = 2
@@ -80,8 +81,8 @@ class ModelReplica:
         self.run_batched.set_max_batch_size(config.tokens_per_batch)
         self.run_batched.set_batch_wait_timeout_s(config.batch_wait_s)
 
-    async def embed(self, cells: Sequence[np.ndarray], layer: Layer, pooling: Pooling) -> Outcome[np.ndarray]:
-        """Embeddings `(n, d)` float32 in the order of `cells`."""
+    async def embed(self, cells: Sequence[np.ndarray], layer: Layer, pooling: Rows) -> Outcome[np.ndarray]:
+        """Rows `(r, d)` float32 in the order of `cells`: one for each, or one for each gene of each."""
         return await embed_in_passes(self.run_batched, cells, layer, pooling, tokens_per_pass=self._tokens_per_batch)
 
     async def perturb(
@@ -130,8 +131,8 @@ class ServedModel:
     def __init__(self, handle: DeploymentHandle, *, places: int) -> None:
         self._handle, self._places = handle, asyncio.Semaphore(places)
 
-    async def embed(self, cells: Sequence[np.ndarray], layer: Layer, pooling: Pooling) -> Outcome[np.ndarray]:
-        """Embeddings `(n, d)` float32 in the order of `cells`."""
+    async def embed(self, cells: Sequence[np.ndarray], layer: Layer, pooling: Rows) -> Outcome[np.ndarray]:
+        """Rows `(r, d)` float32 in the order of `cells`: one for each, or one for each gene of each."""
         async with self._places:
             return await _answer_of(self._handle.embed.remote(cells, layer, pooling))
 

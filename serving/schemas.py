@@ -14,16 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # because the HTTP side must not import torch.
 Layer = Literal["last", "second_to_last"]
 Pooling = Literal["mean_genes", "cls"]
+Output = Literal["cell", "cls", "genes"]
 Measure = Literal["remaining_genes", "cls", "mean_pooled"]
-Kind = Literal["delete", "overexpress"]
+Kind = Literal["delete", "overexpress", "inhibit", "activate", "replace"]
 HeadKind = Literal["cell_classes", "gene_classes", "number"]
 Reason = Literal["unknown", "no_median", "zero"]
 
 # Beyond this a count is a mistake, and its quotient by a small median could leave the range of a double.
 LARGEST_COUNT = 1e12
-GeneName = Annotated[str, Field(min_length=1, max_length=64, description="Ensembl gene id, symbol or alias.")]
+LONGEST_NAME, LONGEST_ID = 64, 256
+GeneName = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME, description="Ensembl gene id, symbol or alias.")]
 Count = Annotated[float, Field(ge=0, le=LARGEST_COUNT)]
-Token = Annotated[int, Field(ge=0)]
+Token = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
 class Asked(BaseModel):
@@ -39,24 +41,37 @@ class Answered(BaseModel):
 
 
 class CellAsked(Asked):
-    """One cell: raw counts by gene, or the tokens of a cell that is tokenised already."""
+    """One cell: raw counts by gene, the same as two arrays, or the tokens of a cell that is tokenised already."""
 
-    id: Annotated[str, Field(max_length=256)] | None = Field(None, description="Comes back in the answer.")
+    id: Annotated[str, Field(max_length=LONGEST_ID)] | None = Field(None, description="Comes back in the answer.")
     counts: dict[GeneName, Count] | None = Field(
         None,
         description="Raw count of each gene. Names that lead to one gene are summed; zeros and unknown genes are "
         "ignored and reported.",
         examples=[{"ENSG00000107485": 3, "GATA4": 1}],
     )
+    genes: Annotated[list[GeneName], Field(fail_fast=True)] | None = Field(
+        None, description="Instead of `counts`: the genes, each name once, with their counts in `values`."
+    )
+    values: Annotated[list[Count], Field(fail_fast=True)] | None = Field(
+        None, description="Raw count of each of `genes`, in their order."
+    )
     tokens: Annotated[list[Token], Field(fail_fast=True)] | None = Field(
         None,
         description="Gene tokens in rank order, with or without <cls> and <eos>. What exceeds the window is cropped.",
     )
 
+    @property
+    def n_given(self) -> int:
+        """Names or tokens that are given."""
+        return len(next(form for form in (self.counts, self.genes, self.tokens) if form is not None))
+
     @model_validator(mode="after")
     def _one_form(self) -> CellAsked:
-        if (self.counts is None) == (self.tokens is None):
-            raise ValueError("give either counts or tokens")
+        if sum(form is not None for form in (self.counts, self.genes, self.tokens)) != 1:
+            raise ValueError("give either counts, or genes and values, or tokens")
+        if (self.genes is None) != (self.values is None) or len(self.genes or ()) != len(self.values or ()):
+            raise ValueError("genes and values must be arrays of one length")
         return self
 
 
@@ -64,38 +79,24 @@ class CellAsked(Asked):
 Cells = Annotated[list[CellAsked], Field(min_length=1, fail_fast=True)]
 
 
-class EmbeddingsAsked(Asked):
+class EmbeddingOptions(Asked):
+    """What to read from the cells of a request: all of it that is no cell."""
+
+    layer: Layer = Field("second_to_last", description="Encoder layer whose output is taken.")
+    output: Output = Field(
+        "cell",
+        description="One vector per cell, made as `pooling` says; the vector of <cls>; or one vector per gene of the "
+        "window, in rank order.",
+    )
+    pooling: Pooling = Field(
+        "mean_genes", description="Of the output `cell`: mean over the genes, or the vector of <cls>."
+    )
+
+
+class EmbeddingsAsked(EmbeddingOptions):
     """Cells to embed."""
 
     cells: Cells
-    layer: Layer = Field("second_to_last", description="Encoder layer whose output is taken.")
-    pooling: Pooling = Field("mean_genes", description="Mean over the genes, or the vector of <cls>.")
-
-
-class EditAsked(Asked):
-    """One edit, tried on each cell by itself: its genes are edited together."""
-
-    kind: Kind
-    genes: Annotated[list[GeneName], Field(min_length=1)]
-    refill: bool = Field(
-        False, description="Deletion only: let the next genes of a cropped cell move up into the window."
-    )
-
-
-class PerturbationsAsked(Asked):
-    """Cells, and edits to try on each of them."""
-
-    cells: Cells
-    edits: Annotated[list[EditAsked], Field(min_length=1)]
-    layer: Layer = "second_to_last"
-    measure: Measure = Field(
-        "remaining_genes",
-        description="What is compared: each gene that was not edited (mean of cosines), <cls>, or the mean over genes.",
-    )
-    goal: list[float] | None = Field(
-        None, description="Mean embedding of a goal state, same layer: adds the movement toward it."
-    )
-    gene_shifts: list[GeneName] = Field([], description="Genes whose own shift is wanted for each edit.")
 
 
 class ClassifyAsked(Asked):
@@ -179,69 +180,36 @@ class CellFacts(Answered):
     ignored: Ignored
     merged: list[Merged]
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """These facts, for an answer that says more of the cell."""
+        return {name: getattr(self, name) for name in CellFacts.model_fields}
+
 
 class EmbeddedCell(CellFacts):
-    """One cell and its embedding."""
+    """One cell and its embedding, or the embeddings of its genes."""
 
-    embedding: list[float]
+    embedding: list[float] | None = Field(description="Null for the output `genes`.")
+    genes: list[str] | None = Field(
+        description="Of the output `genes`: the gene ids of the window in rank order; null otherwise."
+    )
+    gene_embeddings: list[list[float]] | None = Field(description="One for each of `genes`.")
 
 
-class EmbeddingsAnswered(Answered):
+class EmbeddingsFacts(Answered):
+    """What an answer says of all its embeddings."""
+
+    provenance: Provenance
+    layer: Layer
+    output: Output
+    pooling: Pooling | None = Field(description="Null for the output `genes`.")
+    timings_ms: Timings
+
+
+class EmbeddingsAnswered(EmbeddingsFacts):
     """Embeddings, in the order of the request."""
 
-    provenance: Provenance
-    layer: Layer
-    pooling: Pooling
     cells: list[EmbeddedCell]
-    timings_ms: Timings
-
-
-class FoundGene(Answered):
-    """An edited gene that the cell has, and its rank in it (0 = the first gene)."""
-
-    gene: str
-    rank: int
-
-
-class GeneShift(Answered):
-    """How far one gene's own embedding moved; null where the gene does not stand in both cells."""
-
-    gene: str
-    cosine: float | None
-    shift: float | None
-
-
-class EditAnswered(Answered):
-    """What one edit did to one cell. A gene that the cell lacks is an answer, not an error."""
-
-    kind: Kind
-    genes: list[str]
-    found: list[FoundGene]
-    absent: list[str]
-    cosine: float | None = Field(description="Cosine before and after; null where `reason` says why.")
-    shift: float | None = Field(description="1 - cosine.")
-    goal_shift: float | None = Field(description="Movement toward the goal; null when no goal was given.")
-    reason: str = Field(description="Why there is no cosine; empty otherwise.")
-    n_compared: int = Field(description="Genes that stand in both cells and were not edited.")
-    n_cut: int = Field(description="Lowest genes that had to leave a full window.")
-    n_refilled: int = Field(description="Genes that moved up into the window.")
-    gene_shifts: list[GeneShift]
-
-
-class PerturbedCell(CellFacts):
-    """One cell and its edits, in the order of the request."""
-
-    edits: list[EditAnswered]
-
-
-class PerturbationsAnswered(Answered):
-    """Edits of each cell, in the order of the request."""
-
-    provenance: Provenance
-    layer: Layer
-    measure: Measure
-    cells: list[PerturbedCell]
-    timings_ms: Timings
 
 
 class HeadFacts(Answered):
@@ -297,6 +265,23 @@ class EncoderFacts(Answered):
     has_cls: bool
 
 
+class ReferenceFacts(Answered):
+    """The published reference cells of /v1/neighbors, and how they are compared."""
+
+    digest: str
+    corpus: CorpusFacts
+    cells: int
+    columns: list[str] = Field(description="Labels that can be asked for.")
+    layer: Layer
+    pooling: Pooling
+    search: Literal["exact", "graph"]
+    max_neighbors: int = Field(description="Largest `k`.")
+    apart: str | None = Field(
+        description="Out-of-distribution scores compare with reference cells that differ in this column; null where "
+        "every other cell counts."
+    )
+
+
 class InfoAnswered(Answered):
     """What runs here, and what it allows."""
 
@@ -305,6 +290,9 @@ class InfoAnswered(Answered):
     provenance: Provenance
     encoder: EncoderFacts
     heads: list[HeadFacts] = Field(description="What /v1/classify answers; empty for a model without a head.")
+    reference: ReferenceFacts | None = Field(
+        None, description="Where /v1/neighbors looks; null for a service without a reference."
+    )
     lineage: dict[str, str | int | float | None]
     choices: dict[str, list[str]]
     limits: dict[str, float]

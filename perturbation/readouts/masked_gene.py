@@ -117,6 +117,16 @@ def masked_gene_changes(
     return changes
 
 
+def passes_of_cell(
+    tokens_t: np.ndarray, vocabulary: Vocabulary, *, genes: Sequence[int] | Literal["all"], readout: MaskedGeneReadout
+) -> tuple[int, int]:
+    """How many passes each variant of a cell takes, and how many of `genes` are hidden in them."""
+    span = gene_span(tokens_t, vocabulary)
+    hidden_t = np.zeros(len(tokens_t), dtype=bool)
+    hidden_t[span] = isinstance(genes, str) or np.isin(tokens_t[span], np.asarray(genes, dtype=np.int64))
+    return len(np.unique(_dealt(span, len(tokens_t), readout)[hidden_t])), int(hidden_t.sum())
+
+
 def _edited_genes(edits: Sequence[Edit]) -> dict[bytes, np.ndarray]:
     """The genes `(e,)` that any of the edits of a cell edits, by the tokens of the cell."""
     genes: dict[bytes, dict[int, None]] = {}
@@ -141,15 +151,21 @@ def _groups(edit: Edit, kept: np.ndarray, vocabulary: Vocabulary, readout: Maske
 
     A gene's group follows from the unedited cell alone, so edits of one cell hide the same genes and can be compared.
     """
-    span = gene_span(edit.baseline, vocabulary)
+    dealt_t = _dealt(gene_span(edit.baseline, vocabulary), len(edit.baseline), readout)
+    group_k = dealt_t[edit.kept_baseline[kept]]
+    for group in np.unique(group_k):
+        yield kept[group_k == group]
+
+
+def _dealt(span: slice, n_tokens: int, readout: MaskedGeneReadout) -> np.ndarray:
+    """The group `(t,)` of every gene of a cell; special tokens have none (-1)."""
     n_genes = span.stop - span.start
     size = max(1, int(n_genes * readout.hidden_share))
     number = -(-n_genes // size)
-    dealt = np.empty(len(edit.baseline), dtype=np.int64)
-    dealt[span] = np.random.default_rng(readout.seed).permutation(n_genes) % number
-    group_k = dealt[edit.kept_baseline[kept]]
-    for group in np.unique(group_k):
-        yield kept[group_k == group]
+    dealt_t = np.full(n_tokens, -1, dtype=np.int64)
+    if n_genes:
+        dealt_t[span] = np.random.default_rng(readout.seed).permutation(n_genes) % number
+    return dealt_t
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,8 +41,8 @@ def report(
     """Work out the effects of a finished screen and write tables and report beside it; the same again changes nothing.
 
     gene_lists: known direct and indirect targets, say, whose own shifts are held against matched genes (the screen must
-    have recorded gene shifts). draws: of every bootstrap. Raises NotFoundError for a
-    screen that is not finished, InputError where lists are given but no gene shifts were recorded.
+    have recorded gene shifts, masked genes, or both). draws: of every bootstrap. Raises NotFoundError for a screen that
+    is not finished, InputError where lists are given but neither was recorded.
     """
     from genescale.perturbation.screening.results import read_screen
 
@@ -52,6 +52,7 @@ def report(
         screen.cell_shifts,
         screen.gene_shifts,
         dataclasses.asdict(screen.report),
+        masked_genes=screen.masked_genes,
         gene_lists=gene_lists,
         draws=draws,
         seed=seed,
@@ -74,6 +75,7 @@ def screen_tables(
     gene_shifts: pl.DataFrame | None,
     record: Mapping[str, object],
     *,
+    masked_genes: pl.DataFrame | None = None,
     gene_lists: Lists | None = None,
     draws: int = 2000,
     seed: int = 0,
@@ -87,11 +89,12 @@ def screen_tables(
         uri=uri,
         cell_shifts=cell_shifts,
         gene_shifts=gene_shifts,
+        masked_genes=masked_genes,
         effects=effects_table(cell_shifts, draws=draws, seed=seed),
         record=record,
         pairs=pair_effects(cell_shifts, draws=draws, seed=seed) if has_pairs(cell_shifts) else None,
         genes=_genes(cell_shifts, gene_shifts),
-        targets=_targets(cell_shifts, gene_shifts, gene_lists, uri, draws, seed),
+        targets=_targets(cell_shifts, (gene_shifts, masked_genes), gene_lists, uri, draws, seed),
     )
 
 
@@ -109,24 +112,27 @@ def _genes(cell_shifts: pl.DataFrame, gene_shifts: pl.DataFrame | None) -> pl.Da
 
 def _targets(
     cell_shifts: pl.DataFrame,
-    gene_shifts: pl.DataFrame | None,
+    of_genes: Sequence[pl.DataFrame | None],
     lists: Lists | None,
     uri: str,
     draws: int,
     seed: int,
 ) -> pl.DataFrame | None:
+    """The lists held against matched genes in every table of single genes that the screen has."""
     from genescale.perturbation.statistics.genes import edit_ranks
     from genescale.perturbation.statistics.targets import target_groups
 
     if lists is None:
         return None
-    if gene_shifts is None:
+    recorded = [table for table in of_genes if table is not None]
+    if not recorded:
         raise InputError(
             "this screen did not record how single genes move, so lists of genes cannot be compared.",
             where=uri,
-            fix='Screen with [readouts] gene_shifts = "all" (or the genes of the lists).',
+            fix='Screen with [readouts] gene_shifts = "all" (or the genes of the lists), or with masked_genes.',
         )
-    return target_groups(gene_shifts, lists, edit_ranks=edit_ranks(cell_shifts), draws=draws, seed=seed)
+    ranks = edit_ranks(cell_shifts)
+    return pl.concat(target_groups(one, lists, edit_ranks=ranks, draws=draws, seed=seed) for one in recorded)
 
 
 def write_report(tables: ScreenTables, store: Store) -> ScreenReportFiles:
@@ -140,5 +146,7 @@ def write_report(tables: ScreenTables, store: Store) -> ScreenReportFiles:
     files.append("cell_shifts/*.parquet")
     if tables.gene_shifts is not None:
         files.append("gene_shifts.parquet")
+    if tables.masked_genes is not None:
+        files.append("masked_genes.parquet")
     store.write(join(tables.uri, HTML), page(tables, files).encode())
     return ScreenReportFiles(html=join(tables.uri, HTML), files=(*files, HTML), tables=tables)

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--targets",
         metavar="FILE",
         help="lists of genes (.gmt, .json, .csv, .txt, or a folder), such as known direct and indirect targets: are "
-        "they moved more than matched genes? (needs a screen with gene_shifts)",
+        "they moved more than matched genes? (needs a screen with gene_shifts or masked_genes)",
     )
     parser.add_argument("--h5ad", nargs=2, metavar=("IN", "OUT"), help="also copy an atlas with the tables in its uns")
     parser.add_argument("--draws", type=int, default=2000, metavar="N", help="bootstrap draws (default 2000)")

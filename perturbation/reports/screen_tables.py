@@ -3,7 +3,7 @@
     OUTPUT/effects.parquet, effects.csv    one row per edit and read-out
     OUTPUT/pairs.parquet, pairs.csv        one row per pair and read-out, where the screen has pairs
     OUTPUT/genes.parquet, genes.csv        one row per affected gene, where gene shifts were recorded
-    OUTPUT/targets.parquet, targets.csv    one row per edit and list of genes, where lists were given
+    OUTPUT/targets.parquet, targets.csv    one row per edit, list of genes and read-out, where lists were given
     OUTPUT/report.html
 
 All of them follow from the screen's rows: the same screen gives the same bytes.
@@ -39,6 +39,7 @@ class ScreenTables:
     record: Mapping[str, Any] = field(default_factory=dict)
     """The screen's record: model, corpus, settings, counts."""
     gene_shifts: pl.DataFrame | None = None
+    masked_genes: pl.DataFrame | None = None
     pairs: pl.DataFrame | None = None
     first_pass: pl.DataFrame | None = None
     """Scores of every gene of every cell, of a screen in two passes."""

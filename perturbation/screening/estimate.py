@@ -19,6 +19,7 @@ import torch
 
 from genescale.ingestion.corpus import Corpus
 from genescale.perturbation.answers import Readouts
+from genescale.perturbation.screening.masked_genes import masked_gene_model
 from genescale.perturbation.screening.plan import BACKWARD, Plan
 from genescale.perturbation.screening.results import CELL_SHIFTS, parquet_bytes
 from genescale.perturbation.screening.unit_work import UnitWorker
@@ -43,6 +44,8 @@ class ScreenEstimate:
     """Control edits, at most."""
     sequences: int
     """Cells through the encoder, edited or not."""
+    masked_sequences: int
+    """Further ones with hidden genes, nearly."""
     tokens: int
     units: int
     tokens_per_unit: int
@@ -81,6 +84,7 @@ def estimate(
         edits=plan.n_pairs,
         controls=int(_changed_of_cells(plan).sum()) * plan.n_controls,
         sequences=int(sequences_n.sum()),
+        masked_sequences=int(_masked_of_cells(plan, sequences_n).sum()),
         tokens=plan.n_tokens,
         units=plan.n_units,
         tokens_per_unit=plan.tokens_per_unit,
@@ -106,12 +110,25 @@ def _changed_of_cells(plan: Plan) -> np.ndarray:
 
 
 def screen_flops(plan: Plan, embedder: Embedder, readouts: Readouts, sequences_n: np.ndarray) -> float:
-    """Arithmetic of a screen: the forward passes of all sequences, and the backward passes of a first pass."""
+    """Arithmetic of a screen: forward passes of all sequences, with hidden genes as well, and those of a first pass."""
     length_n = plan.cells["length"].to_numpy().astype(np.float64)
     passes_n = sequences_n.astype(np.float64)
     if plan.two_pass is not None:
         passes_n = passes_n + 1 + BACKWARD * plan.two_pass.probes
-    return forward_flops(embedder, readouts, tokens=float(length_n @ passes_n), squares=float(length_n**2 @ passes_n))
+    flops = forward_flops(embedder, readouts, tokens=float(length_n @ passes_n), squares=float(length_n**2 @ passes_n))
+    passes_n = _masked_of_cells(plan, sequences_n)
+    work = Work(
+        tokens=round(float(length_n @ passes_n)),
+        squares=round(float(length_n**2 @ passes_n)),
+        masked=round(float(plan.cells["n_masked"].to_numpy() @ sequences_n)),
+    )
+    return flops + training_flops(embedder.encoder.config, work) / FORWARD_SHARE
+
+
+def _masked_of_cells(plan: Plan, sequences_n: np.ndarray) -> np.ndarray:
+    """Passes (n) with hidden genes of each cell, for so many variants of it."""
+    passes_n: np.ndarray = plan.cells["n_masked_passes"].to_numpy() * sequences_n
+    return passes_n
 
 
 def forward_flops(embedder: Embedder, readouts: Readouts, *, tokens: float, squares: float) -> float:
@@ -138,9 +155,10 @@ def _measure(
     order = generator.permutation(len(plan.cells))
     sequences, flops, took_s = 0, 0.0, 0.0
     bytes_per_row = 0.0
+    model = None if plan.masked is None else masked_gene_model(embedder)
     for number, start in enumerate(range(0, len(order), PROBE_CELLS)):
         part = _probe(plan, np.sort(order[start : start + PROBE_CELLS]))
-        worker = UnitWorker(part, embedder, readouts)
+        worker = UnitWorker(part, embedder, readouts, model=model)
         began = time.perf_counter()
         result = worker.run(0, corpus.tokens)
         table = parquet_bytes(result.tables()[CELL_SHIFTS])

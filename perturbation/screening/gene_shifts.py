@@ -1,4 +1,4 @@
-"""How every gene moves under every edit, averaged over cells: merged from what the units kept.
+"""How every gene answers to every edit, averaged over cells: merged from what the units kept.
 
 Legend: `p` pairs of (edit, affected gene).
 
@@ -21,7 +21,13 @@ import pyarrow.parquet as pq
 from genescale.perturbation.screening.edit_codes import EditCodes
 from genescale.perturbation.screening.moments import Moments, fold
 from genescale.perturbation.screening.plan import Plan
-from genescale.perturbation.screening.results import GENE_MOMENTS, GENE_SHIFTS_FILE, unit_file
+from genescale.perturbation.screening.results import (
+    GENE_MOMENTS,
+    GENE_SHIFTS_FILE,
+    MASKED_GENES_FILE,
+    MASKED_MOMENTS,
+    unit_file,
+)
 from genescale.platform.storage import Store, join
 
 ROWS_PER_PASS = 8_000_000
@@ -34,25 +40,34 @@ MOMENTS_SCHEMA = pa.schema(
         ("squares", pa.float64()),
     ]
 )
-GENE_SHIFTS_SCHEMA = pa.schema(
-    [
-        ("edit_id", pa.string()),
-        ("gene_id", pa.string()),
-        ("symbol", pa.string()),
-        ("role", pa.string()),
-        ("control_of", pa.string()),
-        ("affected_gene_id", pa.string()),
-        ("affected_symbol", pa.string()),
-        ("n_cells", pa.int64()),
-        ("mean_shift", pa.float64()),
-        ("sd_shift", pa.float64()),
-    ]
-)
+TEXT_COLUMNS = ("edit_id", "gene_id", "symbol", "role", "control_of", "affected_gene_id", "affected_symbol")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairTable:
+    """A table of (edit, affected gene): where the sums behind it lie, and what it tells."""
+
+    folder: str
+    file: str
+    quantity: str
+    """What `mean_` and `sd_` in the names of its columns are of."""
+    of_cosines: bool
+    """The sums are of cosines `c`, and the table tells 1 - c."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Its columns."""
+        numbers = [(f"{name}_{self.quantity}", pa.float64()) for name in ("mean", "sd")]
+        return pa.schema([*((name, pa.string()) for name in TEXT_COLUMNS), ("n_cells", pa.int64()), *numbers])
+
+
+GENE_SHIFTS = PairTable(folder=GENE_MOMENTS, file=GENE_SHIFTS_FILE, quantity="shift", of_cosines=True)
+MASKED_GENES = PairTable(folder=MASKED_MOMENTS, file=MASKED_GENES_FILE, quantity="change", of_cosines=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """The file of gene shifts that was written."""
+    """The file that was written."""
 
     rows: int
     left_out: int
@@ -66,34 +81,36 @@ def moments_table(moments: Moments) -> pa.Table:
     return pa.table([pa.array(column) for column in columns], schema=MOMENTS_SCHEMA)
 
 
-def merge_gene_shifts(
-    plan: Plan, uri: str, store: Store, *, n_observed: int, top_k: int = 0, min_cells: int = 1
+def merge_pairs(
+    table: PairTable, plan: Plan, uri: str, store: Store, *, n_observed: int, top_k: int = 0, min_cells: int = 1
 ) -> Merged:
-    """Merge the sums of all units and write OUTPUT/gene_shifts.parquet; `n_observed` are the rows of those sums.
+    """Merge the sums of all units and write the table below `uri`; `n_observed` are the rows of those sums.
 
-    Of each edit the `top_k` largest mean shifts are kept (0: all), among genes that at least `min_cells` cells showed;
+    Of each edit the `top_k` largest means are kept (0: all), among genes that at least `min_cells` cells showed;
     its controls, taken together, keep the same genes.
     """
     codes = EditCodes.of(plan)
     edges = np.linspace(0, codes.n_edits, max(1, -(-n_observed // ROWS_PER_PASS)) + 1).astype(int)
     rows = left_out = 0
     with tempfile.TemporaryDirectory(prefix="genescale-") as scratch:
-        path = Path(scratch) / GENE_SHIFTS_FILE
-        with pq.ParquetWriter(path, GENE_SHIFTS_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        path = Path(scratch) / table.file
+        with pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True) as writer:
             for first, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-                pairs = _merged_pairs(plan, uri, store, codes, first, stop)
+                pairs = _merged_pairs(table, plan, uri, store, codes, first, stop)
                 kept = _kept(pairs, codes, top_k=top_k, min_cells=min_cells)
-                writer.write_table(_named(kept, plan, codes))
+                writer.write_table(_named(kept, table, plan, codes))
                 rows, left_out = rows + len(kept), left_out + len(pairs) - len(kept)
-        store.upload(path, join(uri, GENE_SHIFTS_FILE))
+        store.upload(path, join(uri, table.file))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Merged(rows=rows, left_out=left_out, sha256=digest)
 
 
-def _merged_pairs(plan: Plan, uri: str, store: Store, codes: EditCodes, first: int, stop: int) -> pl.DataFrame:
+def _merged_pairs(
+    table: PairTable, plan: Plan, uri: str, store: Store, codes: EditCodes, first: int, stop: int
+) -> pl.DataFrame:
     """Sums over all units of the edits `first` to `stop` and of their controls."""
     merged = fold(
-        _read_range(unit_file(uri, GENE_MOMENTS, unit), store, begin, end)
+        _read_range(unit_file(uri, table.folder, unit), store, begin, end)
         for begin, end in ((first, stop), (codes.of_controls(first), codes.of_controls(stop)))
         for unit in range(plan.n_units)
     )
@@ -102,8 +119,8 @@ def _merged_pairs(plan: Plan, uri: str, store: Store, codes: EditCodes, first: i
             "edit": merged.edit_p,
             "token": merged.token_p,
             "n_cells": merged.count_p,
-            "mean_shift": 1.0 - merged.mean_p,
-            "sd_shift": pl.Series(merged.deviation_p).fill_nan(None),
+            "mean": 1.0 - merged.mean_p if table.of_cosines else merged.mean_p,
+            "sd": pl.Series(merged.deviation_p).fill_nan(None),
         }
     )
 
@@ -124,7 +141,7 @@ def _read_range(uri: str, store: Store, first: int, stop: int) -> Moments:
 def _kept(pairs: pl.DataFrame, codes: EditCodes, *, top_k: int, min_cells: int) -> pl.DataFrame:
     of_edits = pairs.filter(pl.col("edit") < codes.n_edits, pl.col("n_cells") >= min_cells)
     if top_k:
-        by_shift = of_edits.sort("edit", "mean_shift", "token", descending=[False, True, False])
+        by_shift = of_edits.sort("edit", "mean", "token", descending=[False, True, False])
         of_edits = by_shift.group_by("edit", maintain_order=True).head(top_k).sort("edit", "token")
     elif min_cells == 1:
         return pairs
@@ -134,7 +151,7 @@ def _kept(pairs: pl.DataFrame, codes: EditCodes, *, top_k: int, min_cells: int) 
     return pl.concat([of_edits, of_controls])
 
 
-def _named(pairs: pl.DataFrame, plan: Plan, codes: EditCodes) -> pa.Table:
+def _named(pairs: pl.DataFrame, table: PairTable, plan: Plan, codes: EditCodes) -> pa.Table:
     vocabulary = plan.edits.vocabulary
     edits = codes.names(pairs["edit"].unique().to_list(), plan.edits)
     affected = [vocabulary.gene_of_token(token) for token in pairs["token"].unique().to_list()]
@@ -147,10 +164,12 @@ def _named(pairs: pl.DataFrame, plan: Plan, codes: EditCodes) -> pa.Table:
         schema={"token": pl.Int32, "affected_gene_id": pl.String, "affected_symbol": pl.String},
     )
     joined = pairs.join(edits, on="edit", maintain_order="left").join(genes, on="token", maintain_order="left")
-    return joined.select(GENE_SHIFTS_SCHEMA.names).to_arrow().cast(GENE_SHIFTS_SCHEMA)
+    joined = joined.rename({name: f"{name}_{table.quantity}" for name in ("mean", "sd")})
+    return joined.select(table.schema.names).to_arrow().cast(table.schema)
 
 
 def remove_moments(plan: Plan, uri: str, store: Store) -> None:
-    """Delete the sums of the units: what was wanted of them stands in the gene shifts."""
-    if plan.affected is not None:
-        store.delete_folder(join(uri, GENE_MOMENTS))
+    """Delete the sums of the units: what was wanted of them stands in the merged tables."""
+    for table, genes in ((GENE_SHIFTS, plan.affected), (MASKED_GENES, plan.masked)):
+        if genes is not None:
+            store.delete_folder(join(uri, table.folder))

@@ -1,4 +1,4 @@
-"""Means and deviations of gene cosines that can be merged: what a screen keeps of its per-gene shifts.
+"""Means and deviations that can be merged: what a screen keeps of its gene cosines and masked-gene changes.
 
 Legend: `p` pairs of (edit, affected gene).
 
@@ -29,7 +29,7 @@ class Moments:
     count_p: np.ndarray
     """Cells, int64."""
     mean_p: np.ndarray
-    """Mean cosine, float64."""
+    """Mean cosine, or mean change of log-probability, float64."""
     squares_p: np.ndarray
     """Sum of squared deviations from the mean, float64."""
 
@@ -40,13 +40,13 @@ class Moments:
             return np.sqrt(self.squares_p / (self.count_p - 1))
 
 
-def observed(edits: np.ndarray, tokens: np.ndarray, cosines: np.ndarray) -> Moments:
+def observed(edits: np.ndarray, tokens: np.ndarray, values: np.ndarray) -> Moments:
     """Moments of single observations `(p,)`, not yet merged."""
     return Moments(
         edit_p=edits.astype(np.int32),
         token_p=tokens.astype(np.int32),
         count_p=np.ones(len(edits), dtype=np.int64),
-        mean_p=cosines.astype(np.float64),
+        mean_p=values.astype(np.float64),
         squares_p=np.zeros(len(edits)),
     )
 

@@ -23,6 +23,7 @@ from genescale.perturbation.editing.edit_sets import EditSet, read_sets
 from genescale.perturbation.editing.requests import EditOptions
 from genescale.perturbation.readouts.shift import check_measure
 from genescale.perturbation.screening import cells as chosen
+from genescale.perturbation.screening.masked_genes import check_masked, masked_passes, masked_tokens
 from genescale.perturbation.screening.spec import EVERY_GENE, NO_GENE, EditsConfig, ScreenConfig
 from genescale.perturbation.screening.two_pass import TwoPassConfig, how_many
 from genescale.perturbation.screening.units import auto_tokens_per_unit, cut_pieces
@@ -47,7 +48,8 @@ class Plan:
 
     cells: pl.DataFrame
     """One row per chosen cell, in corpus order: `cell` (place in the corpus), `n_genes`, CELL_COLUMNS, and
-    `n_changed`: the edits (of a second pass, where there are two) that alter it, and so cost a pass of the model."""
+    `n_changed`: the edits (of a second pass, where there are two) that alter it, and so cost a pass of the model;
+    `n_masked_passes`: further passes of each of these and of the cell itself, in which `n_masked` genes are hidden."""
     pieces: pl.DataFrame
     """What `cut_pieces` made of them."""
     edits: EditSet
@@ -58,6 +60,8 @@ class Plan:
     """Chosen cells that have each gene, by which controls are matched; empty without controls."""
     affected: Affected
     """Genes whose own shifts are recorded."""
+    masked: Affected
+    """Genes that are hidden, to see whether they are still expected."""
     two_pass: TwoPassConfig | None
     seed: int
     tokens_per_unit: int
@@ -102,13 +106,16 @@ def make_plan(
 
     `origin` are further digests of what decides the numbers, such as those of states and head. Raises CorpusError when
     corpus and model were made with different vocabularies or no cell fits, UnknownGeneError for a gene they lack,
-    LimitError when the gene shifts would be too many, InputError for a measure or edits that do not fit.
+    LimitError when the gene shifts would be too many, InputError for a measure or edits that do not fit, SettingsError
+    for masked genes with a model that has no head for them.
     """
     vocabulary = bundle.vocabulary
     check_same_vocabulary(bundle, corpus)
     check_measure(config.readouts.measure, vocabulary)
+    check_masked(config, bundle)
     not_controls = tuple(vocabulary.token(gene) for gene in config.edits.not_controls)
     affected = affected_genes(config, vocabulary)
+    masked, unknown_masked = masked_tokens(config, vocabulary, store)
     cells, left_out = chosen.choose_cells(corpus, config.cells)
     n_special = 0 if vocabulary.cls is None else 2
     cells = cells.with_columns(n_genes=pl.col("length").cast(pl.Int32) - n_special)
@@ -119,33 +126,45 @@ def make_plan(
     detected_v = chosen.detection(corpus, cells["cell"].to_numpy()) if needs_detection else np.zeros(0, dtype=np.int64)
     edits = edit_set(config.edits, corpus, store, detected_v=detected_v, seed=config.cells.seed)
     asked_n, changed_n = _edits_of_cells(edits, corpus, cells)
-    _check_gene_shifts(config, edits, affected, cells, asked_n, vocabulary)
+    for name, genes in (("gene_shifts", affected), ("masked_genes", masked)):
+        _check_pairs(name, config, edits, genes, cells, asked_n, vocabulary)
+    passes_n, hidden_n = masked_passes(masked, corpus, cells["cell"].to_numpy())
     length_n = own_n = cells["length"].to_numpy().astype(np.int64)
     if config.two_pass is not None:
         own_n, changed_n = own_n * (2 + BACKWARD * config.two_pass.probes), _chosen_of_cells(config.two_pass, asked_n)
-    per_edit_n = length_n * (1.0 + n_controls) * changed_n / np.maximum(asked_n, 1)
+    own_n = own_n + length_n * passes_n
+    per_edit_n = length_n * (1.0 + passes_n) * (1.0 + n_controls) * changed_n / np.maximum(asked_n, 1)
     size = tokens_per_unit or config.compute.tokens_per_unit
     size = size or auto_tokens_per_unit(int((own_n + per_edit_n * asked_n).sum()), on_gpu=on_gpu)
-    unknown = sum(len(names) for names in edits.left_out.values())
+    unknown = {
+        "genes of sets, not in the vocabulary": sum(len(names) for names in edits.left_out.values()),
+        "genes of masked_genes, not in the vocabulary": unknown_masked,
+    }
     return Plan(
-        cells=cells.with_columns(n_changed=pl.Series(changed_n, dtype=pl.Int64)),
+        cells=cells.with_columns(
+            n_changed=pl.Series(changed_n, dtype=pl.Int64),
+            n_masked_passes=pl.Series(passes_n),
+            n_masked=pl.Series(hidden_n),
+        ),
         pieces=cut_pieces(own_n, asked_n, per_edit_n, size, split=config.two_pass is None),
         edits=edits,
         n_controls=n_controls,
         not_controls=not_controls,
         detected_v=detected_v if n_controls else detected_v[:0],
         affected=affected,
+        masked=masked,
         two_pass=config.two_pass,
         seed=config.cells.seed,
         tokens_per_unit=size,
-        left_out={**left_out, **({"genes of sets, not in the vocabulary": unknown} if unknown else {})},
-        identity=_identity(bundle, corpus, config, edits, origin or {}),
+        left_out={**left_out, **{why: n for why, n in unknown.items() if n}},
+        identity=_identity(bundle, corpus, config, edits, masked, origin or {}),
     )
 
 
 def check_names(config: ScreenConfig, vocabulary: Vocabulary, store: Store) -> None:
     """Raise what `make_plan` would raise about the names of genes, without a corpus."""
     affected_genes(config, vocabulary)
+    masked_tokens(config, vocabulary, store)
     for gene in config.edits.not_controls:
         vocabulary.token(gene)
     options = EditOptions(kind=config.edits.kind, refill=config.edits.refill)
@@ -251,7 +270,8 @@ def _check_whole(corpus: Corpus, cells: pl.DataFrame) -> None:
         )
 
 
-def _check_gene_shifts(
+def _check_pairs(
+    name: str,
     config: ScreenConfig,
     edits: EditSet,
     affected: Affected,
@@ -259,7 +279,7 @@ def _check_gene_shifts(
     asked_n: np.ndarray,
     vocabulary: Vocabulary,
 ) -> None:
-    """LimitError when the gene shifts would be more than a table of results should hold."""
+    """LimitError when `name` (gene_shifts, masked_genes) would be more than a table of results should hold."""
     if affected is None:
         return
     n_affected = len(vocabulary.gene_ids) if affected == "all" else len(affected)
@@ -268,25 +288,38 @@ def _check_gene_shifts(
     genes_n = np.minimum(cells["n_genes"].to_numpy().astype(np.int64), n_affected)
     observations = int((asked_n * (1 + config.edits.n_controls) * genes_n).sum())
     pairs = min(n_edits * n_affected, observations)
-    if pairs > MAX_GENE_PAIRS and not config.readouts.top_k:
+    shifts = name == "gene_shifts"
+    if pairs > MAX_GENE_PAIRS and not (shifts and config.readouts.top_k):
         raise LimitError(
             f"{n_edits:,} edits times {n_affected:,} affected genes may be {pairs:,} pairs; {MAX_GENE_PAIRS:,} can be "
             "kept.",
-            where="readouts: gene_shifts",
-            fix="Keep the largest of each edit (top_k = 100), list the affected genes of interest, or edit fewer.",
+            where=f"readouts: {name}",
+            fix=f"{'Keep the largest of each edit (top_k = 100), l' if shifts else 'L'}ist the affected genes of "
+            "interest, or edit fewer.",
         )
     if observations > MAX_OBSERVATIONS:
         raise LimitError(
-            f"the gene shifts are means of up to {observations:,} observations; {MAX_OBSERVATIONS:,} can be kept.",
-            where="readouts: gene_shifts",
-            fix="List the affected genes of interest, draw fewer cells, or leave gene shifts out.",
+            f"{name} are means of up to {observations:,} observations; {MAX_OBSERVATIONS:,} can be kept.",
+            where=f"readouts: {name}",
+            fix=f"List the affected genes of interest, draw fewer cells, or leave {name} out.",
         )
 
 
 def _identity(
-    bundle: Bundle, corpus: Corpus, config: ScreenConfig, edits: EditSet, origin: Mapping[str, Any]
+    bundle: Bundle,
+    corpus: Corpus,
+    config: ScreenConfig,
+    edits: EditSet,
+    masked: Affected,
+    origin: Mapping[str, Any],
 ) -> dict[str, Any]:
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "compute"}
+    of_masked = {}
+    if masked is None:
+        # Screens that were begun before there was this read-out are still themselves.
+        del settings["readouts"]["masked_genes"]
+    else:
+        of_masked["masked_genes_digest"] = hashlib.sha256(json.dumps(masked).encode()).hexdigest()
     parts = [(part.uri, part.rows) for part in corpus.parts]
     return {
         "schema_version": SCREEN_SCHEMA_VERSION,
@@ -299,5 +332,6 @@ def _identity(
         # A file of gene sets may change, and median ranks are worked out: the edits themselves decide.
         "edits_digest": hashlib.sha256(json.dumps(edits.identity, sort_keys=True).encode()).hexdigest(),
         "config": json.loads(json.dumps(settings)),
+        **of_masked,
         **origin,
     }

@@ -5,8 +5,10 @@
     OUTPUT/cell_shifts/unit-000000.parquet    one row per (cell, edit) and per (cell, control of an edit)
     OUTPUT/first_pass/unit-000000.parquet     scores of every gene, in a screen of two passes
     OUTPUT/gene_moments/unit-000000.parquet   sums behind the gene shifts; removed when the screen is complete
+    OUTPUT/masked_moments/unit-000000.parquet the same behind the changes of masked genes
     OUTPUT/_units/unit-000000.json            digests and counts of one unit; the last file a unit writes
     OUTPUT/gene_shifts.parquet                per (edit, affected gene), merged from the sums
+    OUTPUT/masked_genes.parquet               per (edit, masked gene), merged likewise
     OUTPUT/_screen.json                       counts and digests, written last: without it a screen is not finished
 
 Every name is a function of the plan, so a unit that runs twice writes the same files twice.
@@ -33,8 +35,9 @@ from genescale.platform.errors import AlreadyExistsError, InputError, IntegrityE
 from genescale.platform.storage import Store, join
 
 PLAN_FILE, RECORD_FILE, GENE_SHIFTS_FILE = "_plan.json", "_screen.json", "gene_shifts.parquet"
-STATES_FILE = "states.parquet"
-CELL_SHIFTS, GENE_MOMENTS, FIRST_PASS, UNITS = "cell_shifts", "gene_moments", "first_pass", "_units"
+STATES_FILE, MASKED_GENES_FILE = "states.parquet", "masked_genes.parquet"
+CELL_SHIFTS, FIRST_PASS, UNITS = "cell_shifts", "first_pass", "_units"
+GENE_MOMENTS, MASKED_MOMENTS = "gene_moments", "masked_moments"
 OUTCOMES = ("edited", "absent", "undefined")
 TOWARD, CLASS = "toward:", "class:"
 CELL_FIELDS = [
@@ -106,6 +109,8 @@ class ScreenReport:
     states: dict[str, Any] = field(default_factory=dict)
     """Names of the states, start, goal, and the cells they are means of."""
     classes: list[str] = field(default_factory=list)
+    n_masked_pairs: int = 0
+    """Rows of `masked_genes`."""
     run_id: str = ""
     """Of the tracked run."""
     parts: dict[str, str] = field(default_factory=dict)
@@ -119,6 +124,7 @@ class Screen:
     cell_shifts: pl.DataFrame
     gene_shifts: pl.DataFrame | None
     report: ScreenReport
+    masked_genes: pl.DataFrame | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,9 +308,11 @@ def read_screen(uri: str, store: Store) -> Screen:
         for name, digest in sorted(report.parts.items())
         if name.startswith(f"{CELL_SHIFTS}/")
     ]
-    digest = report.parts.get(GENE_SHIFTS_FILE)
-    genes = None if digest is None else pl.read_parquet(_read_part(uri, GENE_SHIFTS_FILE, digest, store))
-    return Screen(cell_shifts=pl.concat(cells), gene_shifts=genes, report=report)
+    genes, masked = (
+        pl.read_parquet(_read_part(uri, name, report.parts[name], store)) if name in report.parts else None
+        for name in (GENE_SHIFTS_FILE, MASKED_GENES_FILE)
+    )
+    return Screen(cell_shifts=pl.concat(cells), gene_shifts=genes, report=report, masked_genes=masked)
 
 
 def _read_part(uri: str, name: str, digest: str, store: Store) -> io.BytesIO:

@@ -17,7 +17,7 @@ import torch
 from genescale.ingestion.corpus import Corpus
 from genescale.perturbation.readouts.states import States
 from genescale.perturbation.screening import results
-from genescale.perturbation.screening.gene_shifts import merge_gene_shifts, remove_moments
+from genescale.perturbation.screening.gene_shifts import GENE_SHIFTS, MASKED_GENES, merge_pairs, remove_moments
 from genescale.perturbation.screening.job import Job, run_here
 from genescale.perturbation.screening.plan import Plan, make_plan
 from genescale.perturbation.screening.results import ScreenReport as ScreenReport
@@ -137,7 +137,7 @@ def gpus_of_run(config: ScreenConfig) -> int:
 
 
 def _report(job: Job, *, head: Bundle | None, n_units_reused: int, began: float, run: Run | None) -> ScreenReport:
-    """Add up what the units said, and merge their gene shifts."""
+    """Add up what the units said, and merge their sums."""
     plan, store, readouts = job.plan, job.store, job.config.readouts
     counts: Counter[str] = Counter()
     parts: dict[str, str] = {}
@@ -146,12 +146,14 @@ def _report(job: Job, *, head: Bundle | None, n_units_reused: int, began: float,
     for unit in range(plan.n_units):
         mark = results.read_mark(job.uri, unit, store)
         counts.update(mark["counts"])
-        parts |= {name: digest for name, digest in mark["parts"].items() if not name.startswith(results.GENE_MOMENTS)}
+        sums = (results.GENE_MOMENTS, results.MASKED_MOMENTS)
+        parts |= {name: digest for name, digest in mark["parts"].items() if not name.startswith(sums)}
         edits.update(mark["edits"])
         worker_s += mark["seconds"]
-    n_gene_pairs = n_left_out = 0
+    n_gene_pairs = n_left_out = n_masked_pairs = 0
     if plan.affected is not None:
-        merged = merge_gene_shifts(
+        merged = merge_pairs(
+            GENE_SHIFTS,
             plan,
             job.uri,
             store,
@@ -161,6 +163,9 @@ def _report(job: Job, *, head: Bundle | None, n_units_reused: int, began: float,
         )
         n_gene_pairs, n_left_out = merged.rows, merged.left_out
         parts[results.GENE_SHIFTS_FILE] = merged.sha256
+    if plan.masked is not None:
+        merged = merge_pairs(MASKED_GENES, plan, job.uri, store, n_observed=counts["observed_masked"])
+        n_masked_pairs, parts[results.MASKED_GENES_FILE] = merged.rows, merged.sha256
     return ScreenReport(
         uri=job.uri,
         digest=plan.digest,
@@ -173,6 +178,7 @@ def _report(job: Job, *, head: Bundle | None, n_units_reused: int, began: float,
         n_not_chosen=counts["not_chosen"],
         n_gene_pairs=n_gene_pairs,
         n_gene_pairs_left_out=n_left_out,
+        n_masked_pairs=n_masked_pairs,
         n_units=plan.n_units,
         n_units_reused=n_units_reused,
         n_sequences=counts["sequences"],

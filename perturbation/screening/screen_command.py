@@ -42,8 +42,8 @@ examples:
   genescale perturb screen --model model/ --corpus corpus@12 --output screen --set edits.all=true
 
 The output folder gets cell_shifts/*.parquet (one row per cell and edit), effects.parquet and effects.csv, report.html,
-gene_shifts.parquet when readouts.gene_shifts asks for it, and _screen.json. The same command again continues an
-interrupted screen: finished units are not computed again."""
+gene_shifts.parquet and masked_genes.parquet when [readouts] gene_shifts and masked_genes ask for them, and
+_screen.json. The same command again continues an interrupted screen: finished units are not computed again."""
 SHOWN_GENES = 10
 
 
@@ -249,10 +249,11 @@ def _estimate_text(estimate: ScreenEstimate) -> str:
     from genescale.platform.progress import clock
 
     controls = f" and up to {estimate.controls:,} controls" if estimate.controls else ""
+    masked = f" and {estimate.masked_sequences:,} with masked genes" if estimate.masked_sequences else ""
     return "\n".join(
         [
             f"screen       {estimate.cells:,} cells, {estimate.edits:,} cell-edit pairs{controls}",
-            f"passes       {estimate.sequences:,} sequences, {estimate.tokens:,} tokens, "
+            f"passes       {estimate.sequences:,} sequences{masked}, {estimate.tokens:,} tokens, "
             f"{estimate.forward_flops / 1e12:,.2f} TFLOP",
             f"units        {estimate.units:,} of at most {estimate.tokens_per_unit:,} tokens",
             f"speed        {estimate.flops_per_s / 1e9:,.2f} GFLOP/s of one worker, measured on "

@@ -17,6 +17,7 @@ controls = 10                        # matched genes of the same cell, tried bes
 [readouts]
 gene_shifts = "all"                  # also how every other gene moves
 top_k = 50                           # … of which so many are kept for each edit
+masked_genes = "targets.gmt"         # whether these are still expected where they are hidden (or a list, or "all")
 states = { column = "disease", start = "fibrosis", goal = "normal" }
 
 [two_pass]                           # with all = true: score every gene cheaply, delete only those that seem to matter
@@ -207,16 +208,19 @@ class ReadoutsConfig:
     """Gene shifts kept for each edit, the largest; 0 keeps all."""
     min_cells: int = 1
     """Gene shifts averaged over fewer cells are left out, and counted."""
+    masked_genes: tuple[str, ...] = NO_GENE
+    """Genes hidden in cell and edited cell, whose change of log-probability is recorded, averaged over cells: `none`,
+    `all`, these genes, or the address of lists of them (FILE.gmt, .json, .csv, .txt, or a folder)."""
 
     def __post_init__(self) -> None:
         _one_of("readouts: layer", self.layer, LAYERS)
         _one_of("readouts: measure", self.measure, MEASURES)
-        if not self.gene_shifts or (len(self.gene_shifts) > 1 and {"all", "none"} & set(self.gene_shifts)):
-            raise SettingsError(
-                f"gene_shifts is {list(self.gene_shifts)}.",
-                where="readouts",
-                fix="Use 'none', 'all' or a list of genes.",
-            )
+        for name in ("gene_shifts", "masked_genes"):
+            genes = getattr(self, name)
+            if not genes or (len(genes) > 1 and {"all", "none"} & set(genes)):
+                raise SettingsError(
+                    f"{name} is {list(genes)}.", where="readouts", fix="Use 'none', 'all' or a list of genes."
+                )
         _at_least("readouts", self, top_k=0, min_cells=1)
         if self.head_label and not self.head:
             raise SettingsError(

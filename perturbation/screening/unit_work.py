@@ -23,12 +23,14 @@ from genescale.perturbation.perturb import perturb_cells
 from genescale.perturbation.screening.edit_codes import EditCodes
 from genescale.perturbation.screening.first_pass import FirstPass
 from genescale.perturbation.screening.gene_shifts import moments_table
+from genescale.perturbation.screening.masked_genes import masked_gene_model, masked_moments
 from genescale.perturbation.screening.moments import Moments, fold, merge, observed
 from genescale.perturbation.screening.plan import Plan
 from genescale.perturbation.screening.results import (
     CELL_SHIFTS,
     FIRST_PASS,
     GENE_MOMENTS,
+    MASKED_MOMENTS,
     OUTCOMES,
     Row,
     cell_shifts_table,
@@ -36,6 +38,7 @@ from genescale.perturbation.screening.results import (
 )
 from genescale.perturbation.screening.two_pass import Chosen, cell_rng, choose
 from genescale.training.embedder import Embedder
+from genescale.training.model import MaskedGeneModel
 
 FIRST_PASS_SCHEMA = pa.schema(
     [
@@ -58,6 +61,8 @@ class UnitResult:
     cell_shifts: pa.Table
     moments: Moments | None
     """Of the gene shifts, where they were asked for."""
+    masked: Moments | None
+    """Of the changes of masked genes, likewise."""
     first_pass: pa.Table | None
     """Scores of every gene, where a first pass chose the edits."""
     counts: Mapping[str, int]
@@ -71,14 +76,17 @@ class UnitResult:
         found = {CELL_SHIFTS: self.cell_shifts}
         if self.moments is not None:
             found[GENE_MOMENTS] = moments_table(self.moments)
+        if self.masked is not None:
+            found[MASKED_MOMENTS] = moments_table(self.masked)
         if self.first_pass is not None:
             found[FIRST_PASS] = self.first_pass
         return found
 
     def mark(self) -> dict[str, Any]:
         """What the unit says of itself when it is complete."""
-        observed = 0 if self.moments is None else len(self.moments.edit_p)
-        return {"counts": {**self.counts, "observed": observed}, "edits": self.edits, "seconds": self.seconds}
+        sums = {"observed": self.moments, "observed_masked": self.masked}
+        observed = {name: 0 if one is None else len(one.edit_p) for name, one in sums.items()}
+        return {"counts": {**self.counts, **observed}, "edits": self.edits, "seconds": self.seconds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +106,12 @@ class _Asked:
 class UnitWorker:
     """Answers the units of one plan with one model."""
 
-    def __init__(self, plan: Plan, embedder: Embedder, readouts: Readouts) -> None:
+    def __init__(
+        self, plan: Plan, embedder: Embedder, readouts: Readouts, *, model: MaskedGeneModel | None = None
+    ) -> None:
+        """`model` is what `masked_gene_model` makes of the embedder, where it was made before."""
         self.plan, self.embedder, self.readouts = plan, embedder, readouts
+        self.model = masked_gene_model(embedder) if model is None and plan.masked is not None else model
         self.first_pass = None if plan.two_pass is None else FirstPass(embedder, readouts, plan.two_pass)
 
     def run(self, unit: int, tokens_of: Callable[[Sequence[int]], Sequence[np.ndarray]]) -> UnitResult:
@@ -124,10 +136,31 @@ class UnitWorker:
         return UnitResult(
             cell_shifts=cell_shifts_table(rows, found, plan.edits, self.readouts),
             moments=None if plan.affected is None else _moments(asked, by_request),
+            masked=None if self.model is None else self._masked(cells, asked, by_request, self.model),
             first_pass=None if self.first_pass is None else first_pass_table(rows, cells, scored, plan),
             counts={**_counts(found, plan, answered), "not_chosen": asked_n - sum(r.control_of is None for r in found)},
             edits=sorted({one.code for of_cell in asked for one in of_cell if one.control_of is None}),
             seconds=time.perf_counter() - began,
+        )
+
+    def _masked(
+        self,
+        cells: Sequence[np.ndarray],
+        asked: Sequence[Sequence[_Asked]],
+        answers: Sequence[Mapping[EditRequest, EditAnswer]],
+        model: MaskedGeneModel,
+    ) -> Moments:
+        return fold(
+            masked_moments(
+                model,
+                self.embedder,
+                self.plan.masked,
+                tokens_t,
+                # Edits that found nothing are no observation.
+                [(one.code, one.request) for one in of_cell if outcome_of(answered[one.request]) == "edited"],
+                whole=self.plan.edits.options.refill,
+            )
+            for tokens_t, of_cell, answered in zip(cells, asked, answers, strict=True)
         )
 
     def _scored(self, cell: int, tokens_t: np.ndarray) -> Scored:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -56,6 +56,48 @@ class EmbeddingsAnswer:
     timings_ms: Timings
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EmbeddedCells:
+    """Embeddings of many cells, asked for in many requests."""
+
+    embeddings: np.ndarray
+    """`(n, d)` float32; NaN for a cell that could not be used."""
+    n_genes: np.ndarray
+    """`(n,)` genes that were ranked, before cropping."""
+    n_tokens: np.ndarray
+    """`(n,)` tokens that the model saw."""
+    n_ignored: np.ndarray
+    """`(n,)` genes that were not used."""
+    cropped: np.ndarray
+    """`(n,)` whether genes fell out of the model's window."""
+    unusable: Mapping[int, str]
+    """Position of each cell that could not be used, and why."""
+    model: Model
+    requests: int
+    timings_ms: Timings
+    """Sums over the requests, which overlap."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CellGenes:
+    """The genes that the model sees of one cell, and their embeddings."""
+
+    report: CellReport
+    genes: tuple[str, ...]
+    """Gene ids in rank order."""
+    embeddings: np.ndarray
+    """`(g, d)` float32, one row for each gene."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GeneEmbeddingsAnswer:
+    """Embeddings of genes, cell by cell, in the order of the cells asked for."""
+
+    cells: tuple[CellGenes, ...]
+    model: Model
+    timings_ms: Timings
+
+
 @dataclass(frozen=True, kw_only=True)
 class GeneShift:
     """How far one gene's own embedding moved; None where the gene does not stand in both cells."""
@@ -63,6 +105,16 @@ class GeneShift:
     gene: str
     cosine: float | None
     shift: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopGeneShift:
+    """One of the genes whose own embeddings moved furthest."""
+
+    gene: str
+    symbol: str
+    cosine: float
+    shift: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +134,12 @@ class EditResult:
     n_cut: int
     n_refilled: int
     gene_shifts: tuple[GeneShift, ...]
+    state_shifts: Mapping[str, float | None]
+    """State -> movement toward it; None where `reason` says why."""
+    class_changes: Mapping[str, float] | None
+    """Class -> change of its probability; None when no head was asked for, or where `reason` says why."""
+    top_gene_shifts: tuple[TopGeneShift, ...]
+    """The furthest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +199,79 @@ class ClassifyAnswer:
     timings_ms: Timings
 
 
+@dataclass(frozen=True, kw_only=True)
+class Neighbor:
+    """One reference cell; `distance` is the cosine distance."""
+
+    id: str
+    dataset: str
+    distance: float
+    labels: Mapping[str, str | None]
+    """By column; None where the reference cell has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelVote:
+    """How many of a cell's neighbours have one label."""
+
+    label: str | None
+    n: int
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighborsCell:
+    """One cell and its neighbours, the nearest first."""
+
+    report: CellReport
+    neighbors: tuple[Neighbor, ...]
+    votes: Mapping[str, tuple[LabelVote, ...]]
+    """By column, most votes first."""
+    out_of_distribution: float
+    """Share of reference cells nearer to their own k-th neighbour than this cell is to its."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighborsReference:
+    """Where the neighbours were looked for."""
+
+    digest: str
+    corpus_version: int | str | None
+    facts: Mapping[str, Any]
+    """Everything else that the service says of its reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighborsTimings(Timings):
+    """Also the milliseconds that looking for the neighbours took."""
+
+    search: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighborsAnswer:
+    """Nearest reference cells, in the order of the cells asked for."""
+
+    cells: tuple[NeighborsCell, ...]
+    k: int
+    reference: NeighborsReference
+    model: Model
+    timings_ms: NeighborsTimings
+
+
+Record = TypeVar("Record")
+
+
+def made(kind: type[Record], facts: Mapping[str, Any]) -> Record:
+    """A record of the fields that it knows, of an answer that may say more; KeyError for a field that is not said."""
+    return kind(**{field.name: facts[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
 def model_of(provenance: Mapping[str, Any]) -> Model:
     """The model of an answer."""
+    model = provenance["model"]
     return Model(
-        **provenance["model"],
+        **{key: model[key] for key in ("name", "version", "digest")},
         vocabulary_digest=provenance["vocabulary"]["digest"],
         corpus_version=provenance["corpus"]["version"],
     )
@@ -162,13 +289,21 @@ def report_of(cell: Mapping[str, Any]) -> CellReport:
     )
 
 
+def genes_of(cell: Mapping[str, Any]) -> CellGenes:
+    """The genes of a cell of an answer."""
+    vectors_gd = np.asarray(cell["gene_embeddings"], dtype=np.float64).astype(np.float32)
+    return CellGenes(report=report_of(cell), genes=tuple(cell["genes"]), embeddings=vectors_gd)
+
+
 def edit_of(edit: Mapping[str, Any]) -> EditResult:
     """An edit of an answer."""
     same = ("kind", "cosine", "shift", "goal_shift", "reason", "n_compared", "n_cut", "n_refilled")
+    more = ("state_shifts", "class_changes")
     return EditResult(
-        **{key: edit[key] for key in same},
+        **{key: edit[key] for key in same + more},
         genes=tuple(edit["genes"]),
         found={one["gene"]: one["rank"] for one in edit["found"]},
         absent=tuple(edit["absent"]),
-        gene_shifts=tuple(GeneShift(**one) for one in edit["gene_shifts"]),
+        gene_shifts=tuple(made(GeneShift, one) for one in edit["gene_shifts"]),
+        top_gene_shifts=tuple(made(TopGeneShift, one) for one in edit["top_gene_shifts"]),
     )

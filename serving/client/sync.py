@@ -1,11 +1,4 @@
-"""A small typed client of the service. Needs httpx and numpy; no torch, no Ray.
-
-    with GenescaleClient("http://127.0.0.1:8000", api_key=key) as client:
-        answer = client.embeddings([{"counts": {"GATA4": 3, "TTN": 41}}])
-        print(answer.embeddings.shape, answer.model.version)
-
-Every question is a pure function of its input, so the client repeats a question that met a busy or restarting service.
-"""
+"""The client that waits for each answer."""
 
 from __future__ import annotations
 
@@ -16,83 +9,35 @@ from types import TracebackType
 from typing import Any
 
 import httpx
-import numpy as np
 
-from genescale.platform.errors import (
-    DeadlineError,
-    GenescaleError,
-    InputError,
-    LimitError,
-    OverloadedError,
-    ServiceError,
-    UnauthorizedError,
+from genescale.client import questions
+from genescale.client.arrow_bodies import Bodies, check_bodies, embeddings_asked, gene_embeddings_asked
+from genescale.client.cells import Cell, Vector
+from genescale.client.connection import READY, Connection, address_of, request_of, secret
+from genescale.client.objects import OBSM_KEY, check_writable, write_embeddings
+from genescale.client.questions import LAYER, POOLING, Answer, Edit, Question
+from genescale.client.records import (
+    ClassifyAnswer,
+    EmbeddedCells,
+    EmbeddingsAnswer,
+    GeneEmbeddingsAnswer,
+    NeighborsAnswer,
+    PerturbationsAnswer,
 )
+from genescale.client.retries import Outcome, Retries
+from genescale.client.runs import EmbeddingRun, OnProgress, Unusable
+from genescale.client.sources import ListedCells, ObjectCells, Source
+from genescale.client.together import AT_ONCE, run_on_threads
 from genescale.platform.settings import Secret
-from genescale.serving.client_answers import (
-    CellReport as CellReport,
-)
-from genescale.serving.client_answers import (
-    ClassifiedCell as ClassifiedCell,
-)
-from genescale.serving.client_answers import (
-    ClassifiedGene as ClassifiedGene,
-)
-from genescale.serving.client_answers import (
-    ClassifyAnswer as ClassifyAnswer,
-)
-from genescale.serving.client_answers import (
-    EditResult as EditResult,
-)
-from genescale.serving.client_answers import (
-    EmbeddingsAnswer as EmbeddingsAnswer,
-)
-from genescale.serving.client_answers import (
-    GeneShift as GeneShift,
-)
-from genescale.serving.client_answers import (
-    HeadAnswer as HeadAnswer,
-)
-from genescale.serving.client_answers import (
-    Model as Model,
-)
-from genescale.serving.client_answers import (
-    PerturbationsAnswer as PerturbationsAnswer,
-)
-from genescale.serving.client_answers import (
-    PerturbedCell as PerturbedCell,
-)
-from genescale.serving.client_answers import (
-    Timings as Timings,
-)
-from genescale.serving.client_answers import (
-    edit_of,
-    model_of,
-    report_of,
-)
-
-Cell = Mapping[str, Any]
-"""`{"counts": {gene: count}}` or `{"tokens": [...]}`, and `"id"` if wanted; or just `{gene: count}`."""
-Edit = Mapping[str, Any]
-"""`{"kind": "delete" | "overexpress", "genes": [...]}`, and `"refill": True` if wanted."""
-
-# Busy, restarting, or cut off: the same question may be answered in a moment. A late answer (504) would be late again.
-TRY_AGAIN = frozenset({429, 502, 503})
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 8.0
-STATUS_CLASSES: dict[int, type[GenescaleError]] = {
-    401: UnauthorizedError,
-    408: DeadlineError,
-    413: LimitError,
-    429: OverloadedError,
-    503: OverloadedError,
-    504: DeadlineError,
-}
 
 
 class GenescaleClient:
-    """Questions to one service.
+    """Questions to one service; may be used from several threads.
 
-    `timeout_s` bounds one attempt; `attempts` counts tries of a question that met a busy or restarting service. Raises
+    `timeout_s` bounds one try; `attempts` counts tries of a question that met a busy or restarting service. Raises
     the classes of `genescale.platform.errors` that the service named, ServiceError when it cannot be reached.
+    `bodies` says how embeddings travel: as `json`, as `arrow` (needs pyarrow), or `auto`: those of `embed` and
+    `embed_anndata` as Arrow where both sides can.
     `transport` and `sleep` are for tests.
     """
 
@@ -102,83 +47,134 @@ class GenescaleClient:
         api_key: str | Secret | None = None,
         *,
         timeout_s: float = 90.0,
-        attempts: int = 4,
+        attempts: int = Retries.attempts,
+        bodies: Bodies = "auto",
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        key = api_key.reveal() if isinstance(api_key, Secret) else api_key
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=base_url, headers=headers, timeout=timeout_s, transport=transport)
-        self._attempts, self._sleep = max(1, attempts), sleep
+        connection = Connection(base_url=base_url, api_key=secret(api_key), timeout_s=timeout_s)
+        self._http = httpx.Client(**connection.options(), transport=transport)
+        self._retries, self._sleep = Retries(attempts=attempts), sleep
+        check_bodies(bodies)
+        self._bodies: Bodies = bodies
         # Jitter spreads callers that were refused at the same moment; nothing that should repeat depends on it.
         self._jitter = random.Random()
 
-    def embeddings(
-        self, cells: Sequence[Cell], *, layer: str = "second_to_last", pooling: str = "mean_genes"
-    ) -> EmbeddingsAnswer:
+    def embeddings(self, cells: Sequence[Cell], *, layer: str = LAYER, pooling: str = POOLING) -> EmbeddingsAnswer:
         """One embedding per cell, in order."""
-        body = {"cells": [_cell(cell) for cell in cells], "layer": layer, "pooling": pooling}
-        answer = self._ask("POST", "/v1/embeddings", body)
-        return EmbeddingsAnswer(
-            embeddings=np.asarray([cell["embedding"] for cell in answer["cells"]], dtype=np.float64).astype(np.float32),
-            cells=tuple(report_of(cell) for cell in answer["cells"]),
-            model=model_of(answer["provenance"]),
-            timings_ms=Timings(**answer["timings_ms"]),
+        return self.ask(embeddings_asked(cells, self._bodies, layer=layer, pooling=pooling))
+
+    def embed(
+        self,
+        cells: Sequence[Cell],
+        *,
+        layer: str = LAYER,
+        pooling: str = POOLING,
+        unusable: Unusable = "raise",
+        at_once: int = AT_ONCE,
+        progress: OnProgress | None = None,
+    ) -> EmbeddedCells:
+        """Embeddings of as many cells as you have, in requests within the service's limits, `at_once` at a time.
+
+        `unusable` says what becomes of a cell that the service cannot use: an error, or a row of `nan`. `progress` is
+        called with the cells that are done and all cells, such as a ProgressBar.
+        """
+        return self._embed(
+            ListedCells(cells), at_once, layer=layer, pooling=pooling, unusable=unusable, progress=progress
         )
+
+    def embed_anndata(
+        self,
+        adata: Any,
+        *,
+        key: str = OBSM_KEY,
+        counts_layer: str | None = None,
+        gene_column: str | None = None,
+        layer: str = LAYER,
+        pooling: str = POOLING,
+        unusable: Unusable = "raise",
+        at_once: int = AT_ONCE,
+        progress: OnProgress | None = None,
+    ) -> EmbeddedCells:
+        """Embeddings of the cells of an AnnData object, into `obsm[key]`; their origin goes into `uns[key]`.
+
+        `counts_layer` names the layer of raw counts (`X` when None), `gene_column` the column of `var` with Ensembl
+        ids or symbols (`var_names` when None). The object is changed when all cells are done, and not before. Raises
+        NotCountsError for values that are no raw counts; the other arguments are those of `embed`.
+        """
+        check_writable(adata)
+        source = ObjectCells(adata, counts_layer=counts_layer, gene_column=gene_column)
+        found = self._embed(source, at_once, layer=layer, pooling=pooling, unusable=unusable, progress=progress)
+        write_embeddings(adata, key, found, layer=layer, pooling=pooling, slot=source.slot)
+        return found
+
+    def gene_embeddings(self, cells: Sequence[Cell], *, layer: str = LAYER) -> GeneEmbeddingsAnswer:
+        """One embedding per gene that the model sees of each cell, in rank order."""
+        return self.ask(gene_embeddings_asked(cells, self._bodies, layer=layer))
 
     def perturbations(
         self,
         cells: Sequence[Cell],
         edits: Sequence[Edit],
         *,
-        layer: str = "second_to_last",
+        layer: str = LAYER,
         measure: str = "remaining_genes",
-        goal: Sequence[float] | np.ndarray | None = None,
+        states: Mapping[str, Vector] | None = None,
+        goal: Vector | None = None,
+        head: str | None = None,
         gene_shifts: Sequence[str] = (),
+        top_gene_shifts: int = 0,
     ) -> PerturbationsAnswer:
-        """Each edit tried on each cell, in order."""
-        body: dict[str, Any] = {
-            "cells": [_cell(cell) for cell in cells],
-            "edits": [dict(edit) for edit in edits],
-            "layer": layer,
-            "measure": measure,
-            "gene_shifts": list(gene_shifts),
-        }
-        if goal is not None:
-            body["goal"] = np.asarray(goal, dtype=np.float64).tolist()
-        answer = self._ask("POST", "/v1/perturbations", body)
-        return PerturbationsAnswer(
-            cells=tuple(
-                PerturbedCell(report=report_of(cell), edits=tuple(edit_of(edit) for edit in cell["edits"]))
-                for cell in answer["cells"]
-            ),
-            model=model_of(answer["provenance"]),
-            timings_ms=Timings(**answer["timings_ms"]),
+        """Each edit tried on each cell, in order.
+
+        `states` are mean embeddings by name and `goal` is one without a name, all of the same layer; `head` is the
+        label of a head whose change of class probabilities is wanted; `gene_shifts` names genes whose own shifts are,
+        `top_gene_shifts` says how many of those that moved furthest.
+        """
+        return self.ask(
+            questions.perturbations(
+                cells,
+                edits,
+                layer=layer,
+                measure=measure,
+                states=states,
+                goal=goal,
+                head=head,
+                gene_shifts=gene_shifts,
+                top_gene_shifts=top_gene_shifts,
+            )
         )
 
     def classify(self, cells: Sequence[Cell], *, genes: Sequence[str] = ()) -> ClassifyAnswer:
         """What the heads of a fine-tuned model say of cells, or of genes (none named: all genes of the cells)."""
-        answer = self._ask("POST", "/v1/classify", {"cells": [_cell(cell) for cell in cells], "genes": list(genes)})
-        return ClassifyAnswer(
-            cells=tuple(
-                ClassifiedCell(report=report_of(cell), heads=tuple(HeadAnswer(**head) for head in cell["heads"]))
-                for cell in answer["cells"]
-            ),
-            genes=tuple(ClassifiedGene(**gene) for gene in answer["genes"]),
-            model=model_of(answer["provenance"]),
-            timings_ms=Timings(**answer["timings_ms"]),
-        )
+        return self.ask(questions.classify(cells, genes=genes))
+
+    def neighbors(self, cells: Sequence[Cell], *, k: int = 10, columns: Sequence[str] | None = None) -> NeighborsAnswer:
+        """The `k` nearest cells of the service's reference for each cell, with labels of `columns` (all when None)."""
+        return self.ask(questions.neighbors(cells, k=k, columns=columns))
 
     def info(self) -> dict[str, Any]:
         """Model, vocabulary, corpus, choices and limits of the service."""
-        return self._ask("GET", "/v1/info")
+        return self.ask(questions.info())
 
     def ready(self) -> bool:
         """Whether the model is loaded, warm and answers; asks once and does not wait."""
         try:
-            return self._http.get("/readyz").status_code == httpx.codes.OK
-        except httpx.TransportError:
+            return self._http.get(READY).status_code == httpx.codes.OK
+        except httpx.RequestError:
             return False
+
+    def ask(self, question: Question[Answer]) -> Answer:
+        """The answer to a question, tried again while the service is busy or restarting."""
+        attempt = 0
+        while True:
+            attempt += 1
+            outcome = self._outcome(question)
+            where = address_of(self._http, question)
+            wait_s = self._retries.wait_s(outcome, attempt, where=where, jitter=self._jitter)
+            if isinstance(outcome, httpx.Response) and wait_s is None:
+                return question.read(outcome)
+            self._sleep(wait_s or 0.0)
 
     def close(self) -> None:
         """Close the connections."""
@@ -192,95 +188,13 @@ class GenescaleClient:
     ) -> None:
         self.close()
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        for attempt in range(1, self._attempts + 1):
-            last = attempt == self._attempts
-            try:
-                response = self._http.request(method, path, json=body)
-            except httpx.TimeoutException as error:
-                raise DeadlineError(
-                    "the service did not answer in time.", where=path, fix="Ask for less, or allow a longer timeout_s."
-                ) from error
-            except httpx.TransportError as error:
-                if last:
-                    raise ServiceError(
-                        f"the service cannot be reached: {error}.", where=str(self._http.base_url), fix="Is it running?"
-                    ) from error
-                self._sleep(self._wait_s(attempt, asked_s=0.0))
-                continue
-            if response.is_success:
-                return _object(response)
-            if last or not _worth_another_try(response):
-                raise error_of(response)
-            self._sleep(self._wait_s(attempt, asked_s=_retry_after_s(response)))
-        raise AssertionError("unreachable: the last attempt returns or raises. This is a bug.")
+    def _embed(self, source: Source, at_once: int, **options: Any) -> EmbeddedCells:
+        run = EmbeddingRun(source, self.info(), bodies=self._bodies, **options)
+        run_on_threads(run, self.ask, at_once)
+        return run.result()
 
-    def _wait_s(self, attempt: int, *, asked_s: float) -> float:
-        backoff_s = FIRST_WAIT_S * 2 ** (attempt - 1) * self._jitter.uniform(0.5, 1.0)
-        return min(LONGEST_WAIT_S, max(asked_s, backoff_s))
-
-
-def error_of(response: httpx.Response) -> GenescaleError:
-    """The error that a response stands for, as the class its code names."""
-    facts = _error_facts(response)
-    if facts is None:
-        kind = STATUS_CLASSES.get(response.status_code, ServiceError if response.status_code >= 500 else InputError)
-        return kind(f"the service answered {response.status_code}.", where=response.url.path)
-    kind = _classes().get(str(facts.get("code")), ServiceError)
-    where = (facts.get("details") or {}).get("where", "")
-    return kind(str(facts.get("message")), where=str(where), fix=f"(request {facts.get('request_id')})")
-
-
-def _error_facts(response: httpx.Response) -> Mapping[str, Any] | None:
-    """The typed body of an error; None for answers of a proxy or of a replica that died."""
-    try:
-        facts = response.json()["error"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return facts if isinstance(facts, dict) else None
-
-
-def _worth_another_try(response: httpx.Response) -> bool:
-    # A 500 without our shape comes from a proxy whose replica died in mid answer; ours would be a fault again.
-    died = response.status_code == httpx.codes.INTERNAL_SERVER_ERROR and _error_facts(response) is None
-    return response.status_code in TRY_AGAIN or died
-
-
-def _retry_after_s(response: httpx.Response) -> float:
-    given = response.headers.get("retry-after", "")
-    return float(given) if given.isascii() and given.isdigit() and len(given) < 6 else 0.0
-
-
-def _classes() -> dict[str, type[GenescaleError]]:
-    found: dict[str, type[GenescaleError]] = {}
-    waiting: list[type[GenescaleError]] = [GenescaleError]
-    while waiting:
-        kind = waiting.pop()
-        found[kind.code] = kind
-        waiting += kind.__subclasses__()
-    return found
-
-
-def _object(response: httpx.Response) -> dict[str, Any]:
-    try:
-        answer = response.json()
-    except ValueError as error:
-        raise ServiceError("the service answered something that is not JSON.", where=response.url.path) from error
-    if not isinstance(answer, dict):
-        raise ServiceError("the service answered something unexpected.", where=response.url.path)
-    return answer
-
-
-def _cell(cell: Cell) -> dict[str, Any]:
-    if "counts" in cell or "tokens" in cell:
-        return {key: _plain(value) for key, value in cell.items()}
-    return {"counts": _plain(cell)}
-
-
-def _plain(value: Any) -> Any:
-    """NumPy numbers and arrays as JSON can carry them."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    return value
+    def _outcome(self, question: Question[Answer]) -> Outcome:
+        try:
+            return self._http.send(request_of(self._http, question))
+        except httpx.RequestError as error:
+            return error

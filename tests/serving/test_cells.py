@@ -87,12 +87,25 @@ def test_accounts_reconcile(vocabulary: Vocabulary, counts: dict[str, int]) -> N
     assert facts.ignored.n == len(facts.ignored.genes)
 
 
+def test_parallel_arrays_are_the_same_cell_as_their_mapping(vocabulary: Vocabulary, draw_cell: DrawCell) -> None:
+    counts = {**draw_cell(3, 70), "NOSUCH": 2, "OLD5": 1, "GENE5": 3, "GENE119": 2, "GENE118": 0}
+    by_mapping = read(vocabulary, counts=counts)
+    by_arrays = read(vocabulary, genes=list(counts), values=list(counts.values()))
+    assert np.array_equal(by_arrays.tokens, by_mapping.tokens)
+    assert np.array_equal(by_arrays.uncropped, by_mapping.uncropped)
+    assert by_arrays.facts == by_mapping.facts
+    assert by_arrays.n_shown == WINDOW - 2
+
+
 @pytest.mark.parametrize(
     ("cell", "said"),
     [
         ({"counts": {}}, "no counts"),
         ({"counts": {"NOSUCH": 4}}, "'NOSUCH'"),
         ({"counts": {"GENE1": 0, "GENE119": 5}}, "1 no median, 1 zero"),
+        ({"genes": [], "values": []}, "no counts"),
+        ({"genes": ["NOSUCH"], "values": [4]}, "'NOSUCH'"),
+        ({"genes": ["GENE1", "GENE2", "GENE1"], "values": [1, 2, 3]}, "'GENE1' stands there twice"),
         ({"tokens": []}, "no gene"),
         ({"tokens": [2, 3]}, "no gene"),
         ({"tokens": [124]}, "token 124 does not exist"),

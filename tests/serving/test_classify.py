@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 import pytest
 
+from genescale.client import GenescaleClient
 from genescale.platform.vocabulary import Vocabulary
-from genescale.serving.client import GenescaleClient
 from genescale.serving.gate import Gate
-from genescale.serving.in_process import InProcessModel
 
 if TYPE_CHECKING:
-    from genescale.platform.bundle import Bundle
     from genescale.training.embedder import Embedder
     from genescale.training.heads.head import LinearHead
 
@@ -25,40 +22,6 @@ DrawCell = Callable[[int, int], dict[str, float]]
 Tokens = Callable[[Mapping[str, float]], np.ndarray]
 WIDTH = 16
 Serve = Callable[..., tuple[Gate, "list[LinearHead]", "Embedder"]]
-
-
-@pytest.fixture
-def serve_heads(bundle: Bundle, vocabulary: Vocabulary, http_side: Callable[..., Gate], tmp_path: Path) -> Serve:
-    """The HTTP side of the tiny encoder with random heads of these specs."""
-
-    def make(*specs: dict[str, Any], **limits: Any) -> tuple[Gate, list[LinearHead], Embedder]:
-        import torch
-
-        from genescale.platform.bundle import write_bundle
-        from genescale.serving.classifier import heads_on
-        from genescale.training.embedder import Embedder
-        from genescale.training.heads.head import LinearHead
-        from genescale.training.heads.head_files import head_files
-        from genescale.training.heads.spec import HeadSpec, bundle_kind
-
-        shared = {"width": WIDTH, "layer": "last", "pooling": "mean_genes"}
-        chosen = [HeadSpec(**shared, **spec) for spec in specs]
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            heads = [LinearHead(spec).eval() for spec in chosen]
-        fitted = write_bundle(
-            tmp_path / "fitted",
-            kind=bundle_kind(chosen),
-            config=bundle.config,
-            weights=bundle.weights(),
-            vocabulary=vocabulary,
-            lineage={},
-            extra=head_files(heads),
-        )
-        embedder = Embedder.load(fitted, device="cpu")
-        return http_side(fitted, InProcessModel(embedder, heads_on(embedder, fitted)), **limits), heads, embedder
-
-    return make
 
 
 TYPE = {"label": "cell_type", "classes": ("b", "nk", "t")}

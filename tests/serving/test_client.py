@@ -1,7 +1,8 @@
-"""The client against a transport that answers as the service, its proxy or a broken network would."""
+"""Both clients against a transport that answers as the service, its proxy or a broken network would."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import httpx
 import numpy as np
 import pytest
 
+from genescale.client import AsyncGenescaleClient, GenescaleClient
 from genescale.platform import errors
 from genescale.platform.settings import Secret
-from genescale.serving.client import GenescaleClient
 from genescale.serving.problems import problem_of
 
 INFO = {"service": "genescale"}
@@ -33,7 +34,8 @@ class Line:
         answer = next(self.answers)
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        # A new one each time: a response is read once.
+        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
 
 
 def client_on(line: Line, waits: list[float] | None = None, **more: Any) -> GenescaleClient:
@@ -41,27 +43,55 @@ def client_on(line: Line, waits: list[float] | None = None, **more: Any) -> Gene
     return GenescaleClient("http://service", transport=httpx.MockTransport(line), sleep=sleep, **more)
 
 
-def problem(error: BaseException, *, retry_after_s: int = 1) -> httpx.Response:
+def info_of(kind: str, line: Line, waits: list[float] | None = None, **more: Any) -> dict[str, Any]:
+    """What the client of this kind answers to `info()`; its waits are noted and not waited."""
+    noted = waits if waits is not None else []
+    if kind == "sync":
+        return client_on(line, noted, **more).info()
+
+    async def sleep(seconds: float) -> None:
+        noted.append(seconds)
+
+    async def ask() -> dict[str, Any]:
+        transport = httpx.MockTransport(line)
+        async with AsyncGenescaleClient("http://service", transport=transport, sleep=sleep, **more) as client:
+            return await client.info()
+
+    return asyncio.run(ask())
+
+
+BOTH = pytest.mark.parametrize("kind", ["sync", "async"])
+
+
+def problem(error: BaseException, *, retry_after_s: float = 0) -> httpx.Response:
     answer = problem_of(error, retry_after_s=retry_after_s)
     return httpx.Response(answer.status, content=answer.body("id-1"), headers=dict(answer.headers))
 
 
 def test_the_client_needs_no_heavy_library() -> None:
     heavy = ("torch", "ray", "fastapi", "pydantic", "starlette", "pyarrow", "mlflow")
-    probe = f"import sys, genescale.serving.client; print([m for m in {heavy} if m in sys.modules])"
+    probe = f"import sys, genescale.client; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 
 
+@BOTH
 @pytest.mark.parametrize("key", ["a-key-0123456789abcdef", Secret("a-key-0123456789abcdef")])
-def test_the_key_is_sent_and_not_shown(key: str | Secret) -> None:
+def test_the_key_is_sent_and_not_shown(kind: str, key: str | Secret) -> None:
     line = Line(httpx.Response(200, json=INFO))
-    client = client_on(line, api_key=key)
-    assert client.info() == INFO
+    assert info_of(kind, line, api_key=key) == INFO
     assert line.requests[0].headers["authorization"] == "Bearer a-key-0123456789abcdef"
-    assert "a-key" not in repr(client)
+    assert "a-key" not in repr(client_on(line, api_key=key)) + repr(vars(client_on(line, api_key=key)))
 
 
+@BOTH
+def test_the_service_is_told_when_nobody_waits_any_more(kind: str) -> None:
+    line = Line(httpx.Response(200, json=INFO))
+    info_of(kind, line, timeout_s=1.5)
+    assert line.requests[0].headers["x-genescale-deadline-ms"] == "1500"
+
+
+@BOTH
 @pytest.mark.parametrize(
     "busy",
     [
@@ -73,15 +103,17 @@ def test_the_key_is_sent_and_not_shown(key: str | Secret) -> None:
         httpx.Response(500, text="Internal Server Error"),
         httpx.ConnectError("refused"),
         httpx.RemoteProtocolError("cut off"),
+        httpx.ConnectTimeout("nobody there"),
+        problem(errors.DrainingError("stopping.")),
+        problem(errors.RateLimitedError("too fast.")),
     ],
-    ids=["overloaded", "service", "503", "429", "502", "dead-replica", "refused", "cut"],
+    ids=lambda busy: type(busy).__name__ if isinstance(busy, Exception) else str(busy.status_code),
 )
-def test_a_busy_or_restarting_service_is_asked_again(busy: Answer) -> None:
+def test_a_busy_or_restarting_service_is_asked_again(kind: str, busy: Answer) -> None:
     line = Line(busy, busy, httpx.Response(200, json=INFO))
     waits: list[float] = []
-    assert client_on(line, waits).info() == INFO
-    assert len(waits) == 2
-    assert all(0 < wait <= 1.0 for wait in waits)
+    assert info_of(kind, line, waits) == INFO
+    assert 0.125 <= waits[0] <= 0.25 <= waits[1] <= 0.5
 
 
 @pytest.mark.parametrize(
@@ -111,36 +143,85 @@ def test_other_errors_are_raised_at_once_as_the_class_their_code_names(error: er
         assert caught.value.where == error.where
 
 
-def test_retry_after_is_obeyed_and_bounded() -> None:
+def refused(**headers: str) -> httpx.Response:
+    return httpx.Response(503, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("headers", "asked_s"),
+    [
+        ({"retry_after": "3"}, 3.0),
+        ({"retry_after": "1", "retry_after_ms": "40"}, 0.04),
+        ({"retry_after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"retry_after": "60"}, 60.0),
+        ({"retry_after_ms": "-5"}, 0.0),
+    ],
+)
+def test_a_wait_that_is_asked_for_is_kept_and_spread(kind: str, headers: dict[str, str], asked_s: float) -> None:
     waits: list[float] = []
-    line = Line(
-        problem(errors.OverloadedError("full."), retry_after_s=3),
-        problem(errors.OverloadedError("full."), retry_after_s=9999),
-        httpx.Response(503, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
-        httpx.Response(200, json=INFO),
-    )
-    client_on(line, waits).info()
-    assert waits[0] == 3
-    assert 3 < waits[1] <= 10
-    assert 0 < waits[2] <= 1
+    for _ in range(4):
+        info_of(kind, Line(refused(**headers), httpx.Response(200, json=INFO)), waits)
+    assert all(asked_s + 0.125 <= wait <= asked_s + 0.25 for wait in waits)
+    assert len(set(waits)) > 1
 
 
-def test_attempts_are_bounded_and_the_last_error_is_raised() -> None:
+def test_an_hour_is_not_waited_for() -> None:
+    waits: list[float] = []
+    with pytest.raises(errors.RateLimitedError, match=r"too fast.*asks to wait 3,600 s"):
+        info_of("sync", Line(problem(errors.RateLimitedError("too fast."), retry_after_s=3600)), waits)
+    assert waits == []
+
+
+@BOTH
+def test_attempts_are_bounded_and_the_last_error_is_raised(kind: str) -> None:
     line = Line(*[problem(errors.OverloadedError("full."))] * 3, httpx.Response(200, json=INFO))
     with pytest.raises(errors.OverloadedError, match=r"full\."):
-        client_on(line, attempts=3).info()
+        info_of(kind, line, attempts=3)
     assert len(line.requests) == 3
 
 
-def test_a_service_that_is_not_there_is_a_service_error() -> None:
-    with pytest.raises(errors.ServiceError, match="cannot be reached"):
-        client_on(Line(*[httpx.ConnectError("refused")] * 4)).info()
+@BOTH
+def test_the_waits_outlast_a_restart_and_end(kind: str) -> None:
+    waits: list[float] = []
+    with pytest.raises(errors.ServiceError, match=r"http://service/v1/info: the service cannot be reached: refused\."):
+        info_of(kind, Line(*[httpx.ConnectError("refused")] * 8), waits)
+    assert 11 < sum(waits) < 24
+    assert max(waits) <= 8
 
 
-def test_a_timeout_is_not_repeated() -> None:
+@BOTH
+def test_a_late_answer_is_not_asked_for_again(kind: str) -> None:
     line = Line(httpx.ReadTimeout("slow"), httpx.Response(200, json=INFO))
     with pytest.raises(errors.DeadlineError):
-        client_on(line).info()
+        info_of(kind, line)
+    assert len(line.requests) == 1
+
+
+def test_settings_of_the_client_are_checked() -> None:
+    for wrong in ({"attempts": 0}, {"timeout_s": 0.0}, {"bodies": "xml"}):
+        with pytest.raises(errors.SettingsError, match=next(iter(wrong))):
+            GenescaleClient("http://service", **wrong)
+    with pytest.raises(errors.InputError, match="base_url"):
+        GenescaleClient("localhost:8000").info()
+
+
+@BOTH
+def test_an_answer_of_another_contract_is_a_service_error(kind: str) -> None:
+    async def ask() -> None:
+        async with AsyncGenescaleClient("http://service", transport=httpx.MockTransport(line)) as client:
+            await client.embeddings([{"A": 1}])
+
+    line = Line(httpx.Response(200, json={"cells": [{"vector": [1]}]}))
+    with pytest.raises(errors.ServiceError, match="not what this client knows"):
+        client_on(line).embeddings([{"A": 1}]) if kind == "sync" else asyncio.run(ask())
+
+
+def test_numbers_that_json_has_no_word_for_are_refused_before_they_are_sent() -> None:
+    line = Line()
+    with pytest.raises(errors.InputError, match="JSON"):
+        client_on(line).embeddings([{"A": float("nan")}])
+    assert line.requests == []
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from genescale.client import GenescaleClient
 from genescale.platform.errors import InputError, SettingsError, UnauthorizedError
 from genescale.platform.settings import Secret
-from genescale.serving.client import GenescaleClient
-from genescale.serving.commands import openapi_text, serve, serving_config
+from genescale.serving.commands import FROM_OPTIONS, openapi_text, serve, serving_config
 from genescale.serving.config import Limits, ServingConfig
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ KEY = "a-service-key-0123456789abcdef"
 
 
 def options(**given: Any) -> argparse.Namespace:
-    names = ("host", "port", "replicas", "num_cpus", "num_gpus", "tokens_per_batch", "cache", "config", "api_key_env")
+    names = (*FROM_OPTIONS, "config", "api_key_env")
     return argparse.Namespace(**{**dict.fromkeys(names), **given})
 
 

@@ -10,7 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from genescale.perturbation.perturb import EditRequest, perturb_cell
+from genescale.perturbation.perturb import EditRequest, Readouts, perturb_cell
+from genescale.perturbation.readouts.states import States
 from genescale.platform.rank_value import rank_value_tokens
 from genescale.platform.vocabulary import Vocabulary
 from genescale.serving import schemas
@@ -148,10 +149,11 @@ def test_perturbations_are_those_of_perturb_cell_bit_for_bit(
         EditRequest(kind=edit["kind"], genes=tuple(vocabulary.token(gene) for gene in edit["genes"])) for edit in edits
     ]
     watched_tokens = [vocabulary.token(gene) for gene in watched]
+    pooling = Readouts(measure=measure).pooling
+    states = States(names=("goal",), vectors_sd=goal[None], goal="goal", pooling=pooling)
+    readouts = Readouts(measure=measure, states=states, gene_shifts_of=watched_tokens)
     for cell, counts in zip(response.json()["cells"], cells, strict=True):
-        direct = perturb_cell(
-            embedder, tokens_of(counts), requests, measure=measure, goal=goal, gene_shifts_of=watched_tokens
-        )
+        direct = perturb_cell(embedder, tokens_of(counts), requests, readouts=readouts)
         assert len(cell["edits"]) == len(edits)
         for answer, one, edit in zip(cell["edits"], direct, edits, strict=True):
             assert (answer["kind"], answer["genes"]) == (edit["kind"], edit["genes"])

@@ -10,7 +10,8 @@ import pytest
 from genescale.platform.errors import LimitError
 from genescale.serving.problems import Problem, RefusedError
 from genescale.serving.reading import read_body
-from genescale.serving.schemas import EmbeddingsAsked, PerturbationsAsked
+from genescale.serving.schemas import EmbeddingsAsked
+from genescale.serving.schemas_perturb import PerturbationsAsked
 
 
 def read(body: str | bytes, max_keys: int = 1000) -> EmbeddingsAsked:
@@ -95,6 +96,17 @@ def test_a_duplicate_key_is_named() -> None:
         ('{"cells": [{"tokens": [-1]}]}', "cells[0].tokens[0]"),
         ('{"cells": [{"counts": {"A": 1}, "tokens": [1]}]}', "cells[0]"),
         ('{"cells": [{}]}', "cells[0]"),
+        ('{"cells": [{"genes": ["A"], "values": [1], "tokens": [1]}]}', "cells[0]"),
+        ('{"cells": [{"genes": ["A"], "values": [1], "counts": {"A": 1}}]}', "cells[0]"),
+        ('{"cells": [{"genes": ["A"]}]}', "cells[0]"),
+        ('{"cells": [{"values": [1]}]}', "cells[0]"),
+        ('{"cells": [{"counts": {"A": 1}, "values": [1]}]}', "cells[0]"),
+        ('{"cells": [{"genes": ["A", "B"], "values": [1]}]}', "cells[0]"),
+        ('{"cells": [{"genes": ["A"], "values": [-1]}]}', "cells[0].values[0]"),
+        ('{"cells": [{"genes": ["A"], "values": [true]}]}', "cells[0].values[0]"),
+        ('{"cells": [{"genes": ["A", 7], "values": [1, 1]}]}', "cells[0].genes[1]"),
+        ('{"cells": [{"tokens": [99999999999999999999]}]}', "cells[0].tokens[0]"),
+        ('{"cells": [{"counts": {"A": 1}}], "output": "gene"}', "output"),
         ('{"cells": [{"counts": {"A": 1}, "weight": 1}]}', "cells[0].weight"),
         ('{"cells": [{"counts": {"A": 1}, "id": 7}]}', "cells[0].id"),
         ('{"cells": []}', "cells"),
@@ -115,7 +127,17 @@ def test_what_does_not_fit_the_schema_is_422_and_says_where(body: str, where: st
     "change",
     [
         {"edits": []},
-        {"edits": [{"kind": "inhibit", "genes": ["A"]}]},
+        {"edits": [{"kind": "silence", "genes": ["A"]}]},
+        {"edits": [{"kind": "inhibit", "genes": ["A"], "quartiles": 4}]},
+        {"edits": [{"kind": "inhibit", "genes": ["A"], "rank": -1}]},
+        {"edits": [{"kind": "replace", "genes": ["A"], "ranks": [1.0]}]},
+        {"edits": [{"kind": "replace", "genes": ["A"], "ranks": [10**30]}]},
+        {"states": [{"name": "", "vector": [1.0]}]},
+        {"states": [{"name": "a"}]},
+        {"states": [{"name": "a", "vector": [float("nan")]}]},
+        {"head": ""},
+        {"top_gene_shifts": -1},
+        {"top_gene_shifts": 1.5},
         {"edits": [{"kind": "delete", "genes": []}]},
         {"edits": [{"kind": "delete", "genes": "A"}]},
         {"edits": [{"kind": "delete", "genes": ["A"], "strength": 2}]},

@@ -10,10 +10,10 @@ import httpx
 import numpy as np
 import pytest
 
-from genescale.perturbation import edits as edits_module
-from genescale.perturbation import shift
+from genescale.perturbation.editing import requests as requests_module
+from genescale.perturbation.readouts import shift
 from genescale.platform.errors import ServiceError
-from genescale.serving import schemas
+from genescale.serving import passes, schemas
 from genescale.serving.config import Limits
 from genescale.serving.gate import OPEN_PATHS, Gate
 from genescale.serving.in_process import InProcessModel
@@ -184,5 +184,6 @@ def test_names_of_the_contract_are_those_of_their_owners() -> None:
 
     assert get_args(schemas.Layer) == embedder_module.LAYERS
     assert get_args(schemas.Pooling) == embedder_module.POOLINGS
+    assert set(get_args(passes.Rows)) == {*embedder_module.POOLINGS, "genes"}
     assert get_args(schemas.Measure) == shift.MEASURES
-    assert get_args(schemas.Kind) == edits_module.KINDS
+    assert get_args(schemas.Kind) == requests_module.KINDS

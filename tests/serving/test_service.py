@@ -11,12 +11,13 @@ import httpx
 import numpy as np
 import pytest
 
-from genescale.perturbation.perturb import EditRequest, perturb_cell
+from genescale.client import GenescaleClient
+from genescale.perturbation.perturb import EditRequest, Readouts, perturb_cell
+from genescale.perturbation.readouts.states import States
 from genescale.platform import errors
 from genescale.platform.settings import Secret, Settings
 from genescale.platform.storage import Store, join
 from genescale.platform.vocabulary import Vocabulary
-from genescale.serving.client import GenescaleClient
 from genescale.serving.config import Limits, ServingConfig
 
 if TYPE_CHECKING:
@@ -110,13 +111,52 @@ def test_perturbations_are_those_of_perturb_cell_bit_for_bit(
     )
     requests = [EditRequest(kind="delete", genes=(vocabulary.token(gene),)) for gene in genes]
     watched_tokens = [vocabulary.token(gene) for gene in watched]
-    direct = perturb_cell(alike, tokens_of(counts), requests, measure="cls", gene_shifts_of=watched_tokens)
+    readouts = Readouts(measure="cls", gene_shifts_of=watched_tokens)
+    direct = perturb_cell(alike, tokens_of(counts), requests, readouts=readouts)
     (cell,) = answer.cells
     assert [edit.cosine for edit in cell.edits] == [one.cosine for one in direct]
     assert [list(edit.found.values()) for edit in cell.edits] == [list(one.found.values()) for one in direct]
     for edit, one in zip(cell.edits, direct, strict=True):
         assert [gene.cosine for gene in edit.gene_shifts] == [one.gene_cosines.get(token) for token in watched_tokens]
     assert cell.report.cropped
+
+
+def test_arrow_goes_through_the_proxy_in_both_directions(
+    running: RunningService, alike: Embedder, draw_cell: DrawCell, tokens_of: Tokens
+) -> None:
+    import pyarrow as pa
+
+    from genescale.serving.media import ARROW_TYPE
+
+    tokens = [tokens_of(draw_cell(seed, 5 + 20 * seed)) for seed in range(4)]
+    batch = pa.record_batch({"tokens": pa.array([one.tolist() for one in tokens], pa.list_(pa.uint16()))})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": ARROW_TYPE, "Accept": ARROW_TYPE}
+    body = sink.getvalue().to_pybytes()
+    response = httpx.post(f"{running.url}/v1/embeddings", content=body, headers=headers)
+    assert response.status_code == 200, response.text
+    found = pa.ipc.open_stream(response.content).read_all()["embedding"].combine_chunks()
+    assert np.array_equal(found.flatten().to_numpy().reshape(4, -1), alike.embed_cells(tokens))
+
+
+def test_genes_their_embeddings_and_their_shifts_come_from_the_replica(
+    client: GenescaleClient, alike: Embedder, vocabulary: Vocabulary, draw_cell: DrawCell, tokens_of: Tokens
+) -> None:
+    counts = draw_cell(8, 40)
+    (cell,) = client.gene_embeddings([counts]).cells
+    assert np.array_equal(cell.embeddings, alike.embed_genes([tokens_of(counts)])[0][1:-1])
+    names, vectors_sd = ("a", "b"), np.random.default_rng(0).normal(size=(2, alike.width))
+    edit = {"kind": "inhibit", "genes": [cell.genes[0]], "quartiles": 2}
+    asked = client.perturbations([counts], [edit], states=dict(zip(names, vectors_sd, strict=True)), top_gene_shifts=2)
+    request = EditRequest(kind="inhibit", genes=(vocabulary.token(cell.genes[0]),), quartiles=2)
+    readouts = Readouts(states=States(names=names, vectors_sd=vectors_sd), gene_shifts_of="all")
+    (direct,) = perturb_cell(alike, tokens_of(counts), [request], readouts=readouts)
+    (found,) = asked.cells[0].edits
+    assert found.cosine == direct.cosine
+    assert tuple(found.state_shifts.values()) == direct.state_shifts
+    assert [gene.cosine for gene in found.top_gene_shifts] == sorted(direct.gene_cosine_values.tolist())[:2]
 
 
 @pytest.mark.parametrize("kind", ["delete", "overexpress"])
@@ -129,13 +169,16 @@ def test_a_screen_and_the_service_agree_on_the_same_cells_bit_for_bit(
     tmp_path: Path,
     kind: Any,
 ) -> None:
-    from genescale.perturbation.screening.screen import ScreenConfig, read_screen, screen
+    from genescale.perturbation.screening.results import read_screen
+    from genescale.perturbation.screening.screen import screen
+    from genescale.perturbation.screening.spec import ComputeConfig, EditsConfig, ScreenConfig
 
     cells, genes = [draw_cell(seed, n) for seed, n in enumerate((20, 46, 100))], ("GENE1", "GENE7", "GENE50")
     corpus = write_corpus(str(tmp_path / "corpus"), bundle.vocabulary, local_store, [tokens_of(cell) for cell in cells])
-    config = ScreenConfig(kind=kind, genes=genes, device="cpu")
+    config = ScreenConfig(edits=EditsConfig(kind=kind, genes=genes), compute=ComputeConfig(device="cpu"))
     screen(bundle, corpus, config, out_uri=str(tmp_path / "screen"), store=local_store)
-    screened = read_screen(str(tmp_path / "screen"), local_store).cell_shifts
+    shifts = read_screen(str(tmp_path / "screen"), local_store).cell_shifts
+    screened = shifts.filter(shifts["role"] == "edit")
     answer = client.perturbations(cells, [{"kind": kind, "genes": [gene]} for gene in genes])
     edits = [edit for cell in answer.cells for edit in cell.edits]
     assert screened["cosine"].to_list() == [edit.cosine for edit in edits]
