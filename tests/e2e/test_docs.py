@@ -36,6 +36,7 @@ def test_a_guide_works_alone(guide: str, tmp_path: Path) -> None:
     run_blocks(blocks(guide, "bash"), guide, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.timeout(600)
 def test_the_real_case_works_as_written(tmp_path: Path, shared_data: Path) -> None:

@@ -81,6 +81,7 @@ def test_two_workers_and_any_order_of_files(
     assert parts_of(tmp_path / "single", local_store) == expected
 
 
+@pytest.mark.slow
 def test_one_worker_without_vector_instructions(
     ray_local: None, tmp_path: Path, atlases: list[Path], vocabulary: Vocabulary, local_store: Store
 ) -> None:

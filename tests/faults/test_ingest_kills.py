@@ -307,6 +307,7 @@ def lose_a_node(case: Case, tmp_path: Path, kill_at: int) -> None:
     case.make_whole(corpus)
 
 
+@pytest.mark.slow
 def test_a_node_is_lost(case: Case, tmp_path: Path) -> None:
     lose_a_node(case, tmp_path, kill_at=15)
 

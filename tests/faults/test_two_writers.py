@@ -49,6 +49,7 @@ def together(
     return run
 
 
+@pytest.mark.slow
 def test_disjoint_sources_are_both_committed(
     tmp_path: Path, together: Any, write_h5ad: Any, local_store: Store, rows_of: Any
 ) -> None:

@@ -327,6 +327,7 @@ def test_a_lost_run_goes_on_with_another_number_of_workers_on_the_same_curve(
     assert Path(result.bundle_uri) == tmp_path / "runs" / "lost" / "bundle"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_time_that_is_up_ends_with_a_checkpoint_to_go_on_from(
     ray_local: None,
