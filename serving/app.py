@@ -27,7 +27,7 @@ from ray.serve.schema import LoggingConfig
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import ClusterError, SettingsError
 from genescale.platform.settings import Settings, build, load_settings
-from genescale.serving.access.draining import drain
+from genescale.serving.access.draining import Drainer
 from genescale.serving.answers import Answers
 from genescale.serving.config import ServingConfig
 from genescale.serving.facts import describe
@@ -52,10 +52,11 @@ class RunningService:
     url: str
     release: Release
     config: ServingConfig
+    drainer: Drainer
 
     def stop(self) -> None:
         """Refuse what is new, finish what is being answered, then stop the application, its proxy and Serve itself."""
-        drain(self.config.application, timeout_s=self.config.limits.deadline_s)
+        self.drainer.drain(self.config.application, timeout_s=self.config.limits.deadline_s)
         serve.shutdown()
 
 
@@ -102,7 +103,7 @@ def start(model: str | Path | Bundle, config: ServingConfig, settings: Settings)
     except BaseException:
         serve.shutdown()
         raise
-    return RunningService(url=_url(config), release=release, config=config)
+    return RunningService(url=_url(config), release=release, config=config, drainer=Drainer())
 
 
 @contextlib.contextmanager
