@@ -129,10 +129,10 @@ def make_plan(
     for name, genes in (("gene_shifts", affected), ("masked_genes", masked)):
         _check_pairs(name, config, edits, genes, cells, asked_n, vocabulary)
     passes_n, hidden_n = masked_passes(masked, corpus, cells["cell"].to_numpy())
-    length_n = own_n = cells["length"].to_numpy().astype(np.int64)
     if config.two_pass is not None:
-        own_n, changed_n = own_n * (2 + BACKWARD * config.two_pass.probes), _chosen_of_cells(config.two_pass, asked_n)
-    own_n = own_n + length_n * passes_n
+        changed_n = _chosen_of_cells(config.two_pass, asked_n)
+    length_n = cells["length"].to_numpy().astype(np.int64)
+    own_n = length_n * (_once(config) + passes_n)
     per_edit_n = length_n * (1.0 + passes_n) * (1.0 + n_controls) * changed_n / np.maximum(asked_n, 1)
     size = tokens_per_unit or config.compute.tokens_per_unit
     size = size or auto_tokens_per_unit(int((own_n + per_edit_n * asked_n).sum()), on_gpu=on_gpu)
@@ -159,6 +159,11 @@ def make_plan(
         left_out={**left_out, **{why: n for why, n in unknown.items() if n}},
         identity=_identity(bundle, corpus, config, edits, masked, origin or {}),
     )
+
+
+def _once(config: ScreenConfig) -> int:
+    """Passes, in forward passes of the cell, that a cell takes whatever is edited."""
+    return 1 if config.two_pass is None else 2 + BACKWARD * config.two_pass.probes
 
 
 def check_names(config: ScreenConfig, vocabulary: Vocabulary, store: Store) -> None:
