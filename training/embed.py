@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -254,6 +255,8 @@ def _run(
     try:
         yield from answers.iter_rows()
     except Exception as error:
+        # Its frames hold Ray Data's actors, which would keep their processors for as long as somebody keeps the error.
+        traceback.clear_frames(error.__traceback__)
         raise original_error(error) from error
 
 
