@@ -32,10 +32,12 @@ from genescale.serving.answers import Answers
 from genescale.serving.config import ServingConfig
 from genescale.serving.facts import describe
 from genescale.serving.gate import Gate
+from genescale.serving.neighbours.answering import NeighborAnswers
 from genescale.serving.neighbours.reference import IndexRelease, resolve_index
 from genescale.serving.release import Release, resolve
 from genescale.serving.replicas import CONSTRUCTOR_TRIES, ServedModel, cache_folder, model_deployment, prepare_process
 from genescale.serving.routes import http_application
+from genescale.serving.services import Services
 
 # Room at the HTTP side beyond admitted requests: for refusing others quickly, and for probes.
 INGRESS_HEADROOM = 64
@@ -169,10 +171,15 @@ class Ingress:
         bundle = release.open(settings, cache_folder(config))
         reference = index.open(settings, cache_folder(config)) if index else None
         info = describe(release, bundle, config, reference=reference.facts if reference else None)
-        self._answers = Answers(
+        answers = Answers(
             ServedModel(model, places=config.max_ongoing * config.replicas), bundle.vocabulary, info, config.limits
         )
-        self._gate = http_application(self._answers, config, reference=reference, echo_request_id=False)
+        services = Services(
+            answers=answers,
+            neighbors=NeighborAnswers(answers, reference) if reference else None,
+            retry_after_s=config.retry_after_s,
+        )
+        self._gate = http_application(services, config, echo_request_id=False)
 
     def __serve_build_asgi_app__(self) -> Gate:
         return self._gate

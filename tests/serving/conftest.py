@@ -176,13 +176,17 @@ def http_side() -> Callable[..., Gate]:
     """The HTTP side of a bundle and a model: `http_side(bundle, model, keys=…, max_cells=…)`."""
     from genescale.serving.answers import Answers
     from genescale.serving.facts import describe
+    from genescale.serving.neighbours.answering import NeighborAnswers
     from genescale.serving.routes import http_application
+    from genescale.serving.services import Services
 
     def make(bundle: Bundle, model: Any, *, keys: Sequence[str] = (), reference: Any = None, **limits: Any) -> Gate:
         config = ServingConfig(api_keys=tuple(Secret(key) for key in keys), limits=Limits(**limits))
         release = Release(name="tiny", version="3", digest=bundle.digest, address="models:/tiny/3", folder="")
         info = describe(release, bundle, config, reference=reference.facts if reference else None)
-        return http_application(Answers(model, bundle.vocabulary, info, config.limits), config, reference=reference)
+        answers = Answers(model, bundle.vocabulary, info, config.limits)
+        neighbors = NeighborAnswers(answers, reference) if reference else None
+        return http_application(Services(answers=answers, neighbors=neighbors), config)
 
     return make
 
