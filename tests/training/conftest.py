@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,15 @@ from genescale.platform.bundle import Bundle, write_bundle
 from genescale.platform.settings import StorageSettings
 from genescale.platform.storage import Store, join
 from genescale.platform.vocabulary import SPECIAL_TOKENS, Vocabulary
+from genescale.training.cells import CorpusCells
+from genescale.training.engine import TorchEngine
+from genescale.training.loop import Row, RunPlan, train_loop
 from genescale.training.model import EncoderConfig, new_model
 from genescale.training.weights import to_hf
+
+# What several test files import stands beside them.
+sys.path.insert(0, str(Path(__file__).parent))
+from disturbed_runs import CONFIG, Reference
 
 N_GENES, WINDOW, WIDTH, LAYERS = 200, 128, 32, 2
 CELL_TYPES = ("b_cell", "monocyte", "t_cell")
@@ -141,3 +149,19 @@ def commit_cells(
         recipe={"made": "for a test"},
     )
     return corpus.commit_source(source, dataset_id, parts, {})
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_corpus: Corpus) -> Reference:
+    """The config of `disturbed_runs` on plain torch, in this process: its end, measurements by step, and weights."""
+    source = CorpusCells(tiny_corpus)
+    plan = RunPlan.of(CONFIG, source)
+    model = new_model(CONFIG.encoder.for_vocabulary(source.vocabulary), seed=CONFIG.seed)
+    engine = TorchEngine(model, CONFIG.optimizer, total_steps=plan.total_steps)
+    rows: dict[int, dict[str, float]] = {}
+
+    def on_rows(new: list[Row]) -> None:
+        for step, values in new:
+            rows.setdefault(step, {}).update(values)
+
+    return train_loop(engine, source, plan, CONFIG, on_rows=on_rows), rows, engine.weights()
