@@ -42,6 +42,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> 
 
 
 @pytest.fixture(scope="module")
+def other_bundle(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> Bundle:
+    return make_bundle(tmp_path_factory.mktemp("other") / "b", vocabulary, value=3.0)
+
+
+@pytest.fixture(scope="module")
 def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """SQLite and a folder, both at addresses that need care: a space and a percent sign."""
     folder = tmp_path_factory.mktemp("a b%20c")
