@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,7 @@ from genescale.training.embedder import (
 from genescale.training.embeddings import EMBEDDING_COLUMN, IDENTITY_COLUMNS, MANIFEST, Manifest, read_manifest
 from genescale.training.freight import Received, ship
 
+RunIn = Literal["cluster", "process"]
 # Units of a corpus when `tokens_per_unit` is 0: enough of them to share among actors and to show progress, each
 # large enough (seconds of work) that Ray's 20 ms per block do not count.
 UNITS_WISHED = 64
@@ -60,6 +61,8 @@ class EmbedConfig:
     precision: Precision = "float32"
     device: str = "auto"
     """auto, cpu or cuda; auto takes the cluster's GPUs when it has some."""
+    run_in: RunIn = "cluster"
+    """`cluster`: on Ray. `process`: in this one, which needs no Ray."""
     actors: int = 0
     """Processes that hold the model; 0 means one for each GPU, or for each processor without GPUs."""
     tokens_per_batch: int = TOKENS_PER_BATCH
@@ -69,6 +72,8 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise SettingsError(f"'{self.device}' is not a device.", where="device", fix="Use auto, cpu or cuda.")
+        if self.run_in not in get_args(RunIn):
+            raise SettingsError(f"'{self.run_in}' is no place to run in.", where="run_in", fix="cluster or process.")
         for name, least in (("actors", 0), ("tokens_per_batch", 1), ("tokens_per_unit", 0)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{getattr(self, name)} is too small.", where=name, fix=f"Use {least} or more.")
@@ -119,8 +124,9 @@ def embed_corpus(
 ) -> EmbedReport:
     """Embed every cell of `corpus` and write Parquet files and a manifest into the folder `out_uri`.
 
-    Ray must be running (`ray_cluster`). Raises CorpusError when the corpus was made with another vocabulary, and
-    AlreadyExistsError when the folder holds a finished run of another model, corpus version or setting.
+    Ray must be running (`ray_cluster`), unless the config says to run in this process. Raises CorpusError when the
+    corpus was made with another vocabulary, and AlreadyExistsError when the folder holds a finished run of another
+    model, corpus version or setting.
     """
     began = time.monotonic()
     check_same_vocabulary(bundle, corpus)
@@ -133,7 +139,7 @@ def embed_corpus(
     progress.start(manifest.cells, "cells")
     progress.advance(manifest.cells - sum(unit.cells for unit in missing))
     if missing:
-        for row in _run(missing, manifest.key, bundle, corpus, out_uri, store, config):
+        for row in _worked_off(missing, manifest.key, bundle, corpus, out_uri, store, config):
             progress.advance(row["cells"])
     store.write(join(out_uri, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
     return EmbedReport(
@@ -223,6 +229,18 @@ def _missing(units: Sequence[Unit], manifest: Manifest, out_uri: str, store: Sto
     return [unit for unit in units if file_name(manifest.key, unit) not in there]
 
 
+def _worked_off(
+    units: Sequence[Unit], key: str, bundle: Bundle, corpus: Corpus, out_uri: str, store: Store, config: EmbedConfig
+) -> Iterator[dict[str, Any]]:
+    if config.run_in == "cluster":
+        yield from _run(units, key, bundle, corpus, out_uri, store, config)
+        return
+    files = _UnitFiles(bundle, corpus, config, device=config.device)
+    for unit in units:
+        store.write(join(out_uri, file_name(key, unit)), files.of(unit))
+        yield {"cells": unit.cells}
+
+
 def _run(
     units: Sequence[Unit],
     key: str,
@@ -264,24 +282,30 @@ class _UnitEmbedder:
     """A Ray actor: holds the model and turns units into files."""
 
     def __init__(self, shipped: Any, corpus: Corpus, out_uri: str, store: Store, config: EmbedConfig) -> None:
-        self.corpus, self.out_uri, self.store, self.config = corpus, out_uri, store, config
+        self.out_uri, self.store = out_uri, store
         self.received = Received(shipped)
-        self.embedder = Embedder.load(
-            self.received.bundle,
-            device="auto" if torch.cuda.is_available() and config.device != "cpu" else "cpu",
-            tokens_per_batch=config.tokens_per_batch,
-            precision=config.precision,
-        )
-        self.part = -1
-        self.scalars: pa.Table | None = None
+        device = "auto" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
+        self.files = _UnitFiles(self.received.bundle, corpus, config, device=device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for index in range(len(batch["name"])):
             unit = Unit(**{name: int(batch[name][index]) for name in Unit.__dataclass_fields__})
-            self.store.write(join(self.out_uri, str(batch["name"][index])), self.file_of(unit))
+            self.store.write(join(self.out_uri, str(batch["name"][index])), self.files.of(unit))
         return {"cells": batch["stop"] - batch["start"]}
 
-    def file_of(self, unit: Unit) -> bytes:
+
+class _UnitFiles:
+    """The content of units' files, with the model loaded."""
+
+    def __init__(self, bundle: Bundle, corpus: Corpus, config: EmbedConfig, *, device: str) -> None:
+        self.corpus, self.config = corpus, config
+        self.embedder = Embedder.load(
+            bundle, device=device, tokens_per_batch=config.tokens_per_batch, precision=config.precision
+        )
+        self.part = -1
+        self.scalars: pa.Table | None = None
+
+    def of(self, unit: Unit) -> bytes:
         """The Parquet bytes of one unit."""
         if self.scalars is None or self.part != unit.part:
             self.scalars = self.corpus.cells([*IDENTITY_COLUMNS, *METADATA_COLUMNS], parts=[unit.part])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,18 +18,16 @@ import torch
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import InputError, LimitError, SettingsError
 from genescale.platform.vocabulary import Vocabulary
+from genescale.training.choices import LAYERS as LAYERS
+from genescale.training.choices import POOLINGS as POOLINGS
+from genescale.training.choices import TOKENS_PER_BATCH as TOKENS_PER_BATCH
+from genescale.training.choices import HeadPooling as HeadPooling
+from genescale.training.choices import Layer as Layer
+from genescale.training.choices import Pooling as Pooling
+from genescale.training.choices import Precision as Precision
 from genescale.training.deletions import Deletions, has_short_cut
 from genescale.training.model import Encoder, PackedBatch, pack
 from genescale.training.weights import load_encoder
-
-Layer = Literal["last", "second_to_last"]
-Pooling = Literal["mean_genes", "cls"]
-# Imported classifiers of vocabularies without <cls> read the first gene, so there is one more than can be asked for.
-HeadPooling = Literal["mean_genes", "cls", "first_token"]
-LAYERS: tuple[Layer, ...] = get_args(Layer)
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-Precision = Literal["float32", "float16", "bfloat16"]
-TOKENS_PER_BATCH = 8_192
 
 
 def layers_to_run(layer: Layer, n_layers: int) -> int:

@@ -8,7 +8,8 @@ the loss handed to it is multiplied by both, which leaves the sum over lanes div
 
 Dropout is drawn per micro-batch from a seed of the batch plan, inside a forked random state: the same on any worker,
 and the caller's random state is untouched. Parameters that do not require gradients are frozen: neither the optimiser
-nor a snapshot has them.
+nor a snapshot has them. With `average`, measurements and the weights that are kept are those of an average over the
+steps (`averaging.py`), which a snapshot has too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import nn
 
 from genescale.platform.errors import ClusterError, SettingsError
 from genescale.training import zero_state
+from genescale.training.averaging import WeightAverage, check_average
 from genescale.training.batches import Lane, StepBatch
 from genescale.training.compiling import compile_layers
 from genescale.training.objective import MASKED_GENES, Objective
@@ -67,7 +69,7 @@ class Engine(Protocol):
         """Take weights and optimiser state, whoever wrote them; every worker must call it."""
 
     def weights(self) -> dict[str, np.ndarray]:
-        """What the objective keeps of the model, by name; every worker must call it."""
+        """What the objective keeps of the model, or of its average, by name; every worker must call it."""
 
 
 class TorchEngine:
@@ -84,6 +86,7 @@ class TorchEngine:
         objective: Objective = MASKED_GENES,
         device: str | torch.device = "cpu",
         compiled: bool = False,
+        average: float = 0.0,
     ) -> None:
         if config.offload:
             raise SettingsError(
@@ -94,6 +97,7 @@ class TorchEngine:
         self._model, self._objective = model.to(device), objective
         self._config, self._total_steps, self.device = config, total_steps, torch.device(device)
         self._optimizer = adamw(model, config, rate_scale=objective.rate_scale, fused=self.device.type == "cuda")
+        self._average = WeightAverage(zero_state.trained(model), average)
         if compiled:
             compile_layers(model, self.device)
         self._norm: torch.Tensor | None = None
@@ -114,6 +118,7 @@ class TorchEngine:
         self._norm = nn.utils.clip_grad_norm_(self._model.parameters(), clip)
         set_rate(self._optimizer, self.learning_rate(batch.step))
         self._optimizer.step()
+        self._average.add(batch.step)
         self._lane_losses = torch.stack(lanes)[:, 0]
         return torch.stack(lanes).sum(0)
 
@@ -121,7 +126,7 @@ class TorchEngine:
     def evaluate(self, micro_batches: Iterable[Lane]) -> torch.Tensor:
         """Sums without learning; see `Engine.evaluate`."""
         self._model.eval()
-        with self._autocast():
+        with self._average.in_place(), self._autocast():
             sums = [self._objective.measure(self._model, lane.to(self.device)) for lane in micro_batches]
         return reduce(torch.add, sums)
 
@@ -143,17 +148,20 @@ class TorchEngine:
 
     def snapshot(self) -> Snapshot:
         """A copy of weights and optimiser state."""
-        return zero_state.take_whole(self._optimizer, zero_state.trained(self._model))
+        whole = zero_state.take_whole(self._optimizer, zero_state.trained(self._model))
+        return self._average.added_to(whole, rank=self.rank, workers=self.workers)
 
     def restore(self, saved: SavedState) -> None:
         """Take weights and optimiser state; IntegrityError when they are not this model's."""
         parameters = zero_state.trained(self._model)
         saved.check_fits({name: tuple(parameter.shape) for name, parameter in parameters})
         zero_state.put_whole(self._optimizer, parameters, saved)
+        self._average.restore(saved)
 
     def weights(self) -> dict[str, np.ndarray]:
         """What the objective keeps of the model, by name."""
-        return self._objective.weights(self._model)
+        with self._average.in_place():
+            return self._objective.weights(self._model)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
@@ -171,7 +179,9 @@ class DeepSpeedEngine:
         lanes: int,
         objective: Objective = MASKED_GENES,
         compiled: bool = False,
+        average: float = 0.0,
     ) -> None:
+        check_average(average, config.zero_stage)
         if not torch.distributed.is_initialized():
             raise ClusterError(
                 "DeepSpeedEngine needs a torch process group.",
@@ -191,6 +201,7 @@ class DeepSpeedEngine:
             dist_init_required=None,
         )
         self.device = torch.device(self._engine.device)
+        self._average = WeightAverage(zero_state.trained(model), average)
         if compiled:
             compile_layers(model, self.device, zero_stage=config.zero_stage)
         self._norm: torch.Tensor | None = None
@@ -211,6 +222,7 @@ class DeepSpeedEngine:
             self._engine.backward(loss * scale)
             self._engine.step()
             lanes.append(micro_sums)
+        self._average.add(batch.step)
         self._lane_losses = torch.stack(lanes)[:, 0]
         return torch.stack(lanes).sum(0)
 
@@ -218,9 +230,9 @@ class DeepSpeedEngine:
     def evaluate(self, micro_batches: Iterable[Lane]) -> torch.Tensor:
         """Sums without learning; see `Engine.evaluate`."""
         self._engine.eval()
-        return reduce(
-            torch.add, [self._objective.measure(self._engine, lane.to(self.device)) for lane in micro_batches]
-        )
+        with self._average.in_place():
+            sums = [self._objective.measure(self._engine, lane.to(self.device)) for lane in micro_batches]
+        return reduce(torch.add, sums)
 
     def total(self, sums: torch.Tensor) -> np.ndarray:
         """Sums of all workers."""
@@ -247,18 +259,21 @@ class DeepSpeedEngine:
 
     def snapshot(self) -> Snapshot:
         """A copy of this worker's fragments of weights and optimiser state."""
-        stage = self._config.zero_stage
-        return zero_state.take(self._engine, self._model, stage=stage, rank=self.rank, workers=self.workers)
+        place = {"rank": self.rank, "workers": self.workers}
+        held = zero_state.take(self._engine, self._model, stage=self._config.zero_stage, **place)
+        return self._average.added_to(held, **place)
 
     def restore(self, saved: SavedState) -> None:
         """Take weights and optimiser state, written by any number of workers at any ZeRO stage."""
         gathered, stage = self._deepspeed.zero.GatheredParameters, self._config.zero_stage
         zero_state.put(self._engine, self._model, saved, stage=stage, rank=self.rank, gathered=gathered)
+        self._average.restore(saved)
 
     def weights(self) -> dict[str, np.ndarray]:
         """What the objective keeps of the model, by name; at ZeRO stage 3 the weights are gathered first."""
         if self._config.zero_stage < 3:
-            return self._objective.weights(self._model)
+            with self._average.in_place():
+                return self._objective.weights(self._model)
         with self._deepspeed.zero.GatheredParameters(list(self._model.parameters())):
             return self._objective.weights(self._model)
 

@@ -40,7 +40,7 @@ class PackedBatch:
     tokens_t: torch.Tensor
     """(t) int64."""
     positions_t: torch.Tensor
-    """(t) int64; starts at 0 in every cell."""
+    """(t) int64 ranks; every cell has 0, 1, 2 and so on, with gaps where genes were left out to train on the rest."""
     segments: Segments
 
     @property
@@ -70,16 +70,18 @@ class PackedBatch:
         return PackedBatch(tokens, positions, self.segments.to(device))
 
 
-def pack(cells: Sequence[np.ndarray]) -> PackedBatch:
+def pack(cells: Sequence[np.ndarray], ranks: Sequence[np.ndarray] | None = None) -> PackedBatch:
     """One stream of the cells' tokens, in the given order, on the CPU.
 
-    Raises LimitError for a cell without tokens: it has no embedding.
+    ranks: of each cell's tokens, rising; left out, they are 0, 1, 2 and so on. Raises LimitError for a cell without
+    tokens: it has no embedding.
     """
     lengths = tuple(len(cell) for cell in cells)
     if 0 in lengths:
         raise LimitError("a cell without tokens cannot be encoded.", where=f"cell {lengths.index(0)} of the batch")
     tokens = np.concatenate([np.zeros(0, np.int64), *cells]).astype(np.int64)
-    positions = np.concatenate([np.zeros(0, np.int64), *(np.arange(length) for length in lengths)])
+    ranks = [np.arange(length) for length in lengths] if ranks is None else ranks
+    positions = np.concatenate([np.zeros(0, np.int64), *ranks])
     return PackedBatch(torch.from_numpy(tokens), torch.from_numpy(positions), Segments.of(lengths))
 
 

@@ -36,7 +36,7 @@ class Ranks:
         if config.rotary_base:
             turns = _turns(positions_t, config.heads_width // config.heads, config.rotary_base)
         if config.rank_neighbours:
-            inside = _inside(positions_t, segments, config.rank_neighbours)
+            inside = _inside(segments, config.rank_neighbours)
         return cls(segments, turns, inside)
 
 
@@ -91,10 +91,16 @@ def _turns(positions_t: torch.Tensor, head_width: int, base: float) -> tuple[tor
     return torch.cos(angles), torch.sin(angles)
 
 
-def _inside(positions_t: torch.Tensor, segments: Segments, neighbours: int) -> torch.Tensor:
+def _inside(segments: Segments, neighbours: int) -> torch.Tensor:
+    # By places in the stream: ranks have gaps where genes were left out.
+    tokens, device = sum(segments.lengths), segments.offsets.device
     lengths = segments.offsets.diff().long()
-    length_t = torch.repeat_interleave(lengths, lengths, output_size=len(positions_t))
-    place_to = positions_t[:, None] + torch.tensor(_offsets(neighbours), device=positions_t.device)
+    length_t, first_t = (
+        torch.repeat_interleave(values, lengths, output_size=tokens)
+        for values in (lengths, segments.offsets[:-1].long())
+    )
+    place_t = torch.arange(tokens, device=device) - first_t
+    place_to = place_t[:, None] + torch.tensor(_offsets(neighbours), device=device)
     return ((place_to >= 0) & (place_to < length_t[:, None])).float()[..., None]
 
 

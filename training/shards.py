@@ -1,10 +1,11 @@
 """The state of a training as files that belong to no number of workers and to no ZeRO stage.
 
-The state is, for every parameter, its fp32 weight and Adam's two moments. A worker holds a *fragment* of each: a range
+The state is, for every parameter, its fp32 weight and Adam's two moments, and its average over the steps where one is
+kept. A worker holds a *fragment* of each: a range
 of the flattened tensor (all of them at one worker, its partition under ZeRO). It writes what it holds into one
 safetensors file, without asking the others; whoever reads puts the fragments of all files together again.
 
-    keys       KIND/PARAMETER@START, flat fp32      KIND is weight, exp_avg or exp_avg_sq
+    keys       KIND/PARAMETER@START, flat fp32      KIND is weight, exp_avg, exp_avg_sq or average
     metadata   shapes (JSON: PARAMETER -> shape), adam_steps
 
 No pickle is involved, so a checkpoint from a foreign bucket can do nothing worse than fail its digest.
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from genescale.platform.errors import IntegrityError
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+AVERAGE = "average"
 
 
 @dataclass(kw_only=True)

@@ -73,7 +73,7 @@ def job_of(corpus: Corpus, bundle: str, **changes: Any) -> FitJob:
         workers=workers,
         home="",
         keep=1,
-        config=dataclasses.replace(CONFIG, epochs=2, frozen_layers=1, **changes),
+        config=dataclasses.replace(CONFIG, epochs=2, frozen_layers=1, weight_average=0.2, **changes),
         specs=(CELLS,),
         train=train,
         validation=validation,

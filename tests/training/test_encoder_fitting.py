@@ -251,9 +251,14 @@ def test_genes_are_left_out_of_training_cells(tiny_bundle: Bundle, tiny_corpus: 
     left: dict[int, list[list[int]]] = {}
     for batch in plan.batches(source, rank=0, workers=1, first=0):
         for lane in batch.micro_batches:
-            cells = torch.split(lane.packed.tokens_t, list(lane.packed.lengths))  # type: ignore[attr-defined]
-            for row, cell in zip(lane.rows.tolist(), cells, strict=False):  # type: ignore[attr-defined]
-                left.setdefault(int(train.row_cell_r[row]), []).append(cell.tolist())
+            packed, rows = lane.packed, lane.rows.tolist()  # type: ignore[attr-defined]
+            cells, ranks = (x.split(list(packed.lengths)) for x in (packed.tokens_t, packed.positions_t))
+            for row, cell, rank in zip(rows, cells, ranks, strict=False):
+                number = int(train.row_cell_r[row])
+                left.setdefault(number, []).append(cell.tolist())
+                # What stays keeps its rank in the whole cell.
+                whole = source.tokens([number])[0].tolist()
+                assert [whole[at] for at in rank.tolist()] == cell.tolist()
     shares = []
     for number, (first, second) in left.items():
         whole = source.tokens([number])[0].tolist()

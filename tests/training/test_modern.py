@@ -274,6 +274,12 @@ def test_neighbours_in_rank_are_added_and_no_others() -> None:
     assert inside is not None
     added = module(torch.tensor([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0], [4.0, 1.0]]), inside)
     assert added.tolist() == [[200.0, 1.0], [310.0, 2.0], [20.0, 1.0], [0.0, 0.0]]
+    # Where genes were left out, ranks have gaps, and the next gene that is there is the neighbour.
+    gaps = pack([np.array([2, 3, 4]), np.array([5])], [np.array([0, 5, 9]), np.array([7])])
+    assert gaps.positions_t.tolist() == [0, 5, 9, 7]
+    same = Ranks.of(gaps.positions_t, gaps.segments, config).inside_to1
+    assert same is not None
+    assert torch.equal(same, inside)
 
 
 def test_untrained_neighbours_change_nothing(cells: list[np.ndarray]) -> None:

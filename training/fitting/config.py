@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from genescale.platform.errors import SettingsError
+from genescale.training.averaging import check_average
 from genescale.training.embedder import TOKENS_PER_BATCH, HeadPooling, Layer
 from genescale.training.labels.splits import check_fractions
 
@@ -97,7 +98,8 @@ class FinetuneConfig:
     label_smoothing: float = 0.0
     """Part of each label that is spread over all classes in training."""
     gene_dropout: float = 0.0
-    """Share of a cell's genes that is left out at random, each time a trained encoder learns from the cell."""
+    """Share of a cell's genes that is left out at random, each time a trained encoder learns from the cell;
+    the others keep their ranks."""
 
     # How it is fitted.
     encoder: Literal["frozen", "trained", "lora"] = "frozen"
@@ -129,6 +131,10 @@ class FinetuneConfig:
     weight_decay: float = 0.001
     gradient_clip: float = 1.0
     """Largest norm of the gradient."""
+    weight_average: float = 0.0
+    """Judge and keep an average of the weights over the steps instead of the last ones: the mean age of what is
+    averaged, as a share of the steps done (see `training/averaging.py`). 0 is none, 0.1 a good one, 0.5 the plain mean.
+    """
     cells_per_batch: int = 64
     """Examples of a step on cached vectors; cells of a step when the encoder is trained."""
     tokens_per_batch: int = TOKENS_PER_BATCH
@@ -223,6 +229,13 @@ class FinetuneConfig:
                 "several workers train an encoder, and this one is frozen.",
                 where="workers",
                 fix="Set encoder = 'trained' or 'lora' as well, or workers = 1.",
+            )
+        check_average(self.weight_average, self.zero_stage)
+        if self.weight_average and self.head == "nearest":
+            raise SettingsError(
+                "the nearest-neighbour head has no weights to average.",
+                where="weight_average",
+                fix="Set weight_average = 0, or head = 'linear'.",
             )
         if self.gene_dropout and (self.encoder == "frozen" or self.unit == "genes"):
             raise SettingsError(

@@ -94,21 +94,25 @@ class LabelledCells:
         """Read and pack the cells of a step."""
         cells = iter(source.tokens(np.concatenate(planned.lanes)))
         places = zip(planned.lanes, planned.dropout_seeds(seed), strict=True)
-        lanes = [
-            self.lane(self._thinned([next(cells) for _ in chosen], dropout_seed), chosen, dropout_seed)
-            for chosen, dropout_seed in places
-        ]
+        lanes = []
+        for chosen, dropout_seed in places:
+            thinned, ranks = self._thinned([next(cells) for _ in chosen], dropout_seed)
+            lanes.append(self.lane(thinned, chosen, dropout_seed, ranks))
         # What is left of the cells of all workers, on average: for the meter.
         lengths = (source.lengths[planned.all_cells] * (1 - self.gene_dropout)).astype(np.int64)
         weight = float(self.weight_n[planned.all_cells].sum())
         return StepBatch(planned.number, planned.epoch, lanes, 0, int(lengths.sum()), int((lengths**2).sum()), weight)
 
-    def _thinned(self, cells: Sequence[np.ndarray], seed: int) -> Sequence[np.ndarray]:
-        """The cells without a random share of their genes; one gene at least stays in each."""
+    def _thinned(self, cells: Sequence[np.ndarray], seed: int) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+        """The cells without a random share of their genes, and the ranks of the others, which stay what they were.
+
+        One gene at least stays in each. With ranks closed up, a gene would stand higher than in any whole cell.
+        """
         if not self.gene_dropout:
-            return cells
+            return cells, [np.arange(len(cell)) for cell in cells]
         draws = np.random.default_rng(seed)
-        return [cell[self._kept(cell, draws)] for cell in cells]
+        ranks = [np.flatnonzero(self._kept(cell, draws)) for cell in cells]
+        return [cell[kept] for cell, kept in zip(cells, ranks, strict=True)], ranks
 
     def _kept(self, cell: np.ndarray, draws: np.random.Generator) -> npt.NDArray[np.bool_]:
         odds = draws.random(len(cell))
@@ -116,11 +120,17 @@ class LabelledCells:
         least = odds[is_gene].min(initial=1.0)
         return ~is_gene | (odds >= self.gene_dropout) | (odds == least)
 
-    def lane(self, cells: Sequence[np.ndarray], chosen: np.ndarray, dropout_seed: int = 0) -> LabelledBatch:
-        """Pack these cells; `chosen` are their positions among the examples' cells."""
+    def lane(
+        self,
+        cells: Sequence[np.ndarray],
+        chosen: np.ndarray,
+        dropout_seed: int = 0,
+        ranks: Sequence[np.ndarray] | None = None,
+    ) -> LabelledBatch:
+        """Pack these cells; `chosen` are their positions among the examples' cells, `ranks` as `pack` takes them."""
         if not len(chosen):
             return self._empty()
-        packed = pack(cells)
+        packed = pack(cells, ranks)
         starts = np.concatenate([[0], np.cumsum(packed.lengths)])
         of_cell = [self._rows_by_cell[self._starts[cell] : self._starts[cell + 1]] for cell in chosen]
         token_k, row_k, share_k = [], [], []

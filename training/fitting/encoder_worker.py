@@ -210,7 +210,7 @@ def _engine(
     model: HeadedEncoder, config: FinetuneConfig, total_steps: int, device: torch.device, *, distributed: bool
 ) -> Engine:
     options: dict[str, Any] = {"total_steps": total_steps, "objective": LabelledRows(model, config)}
-    options["compiled"] = config.compile
+    options |= {"compiled": config.compile, "average": config.weight_average}
     if distributed:
         return DeepSpeedEngine(model, optimizer_config(config), lanes=config.lanes, **options)
     return TorchEngine(model, optimizer_config(config), device=device, **options)

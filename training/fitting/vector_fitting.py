@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from genescale.training.averaging import WeightAverage
 from genescale.training.fitting.config import FinetuneConfig
 from genescale.training.fitting.epochs import (
     Course,
@@ -51,10 +52,11 @@ def fit_vectors(
         kept: list[dict[str, torch.Tensor]] = []
         for number in range(1, config.epochs + 1):
             train_loss = fit.epoch(number - 1)
-            judgement = judge(fit.heads, [head.answer(validation_rd) for head in fit.heads], validation)
-            epoch = judgement.epoch(number, train_loss)
-            if course.add(epoch):
-                kept = [{name: value.clone() for name, value in head.state_dict().items()} for head in fit.heads]
+            with fit.average.in_place():
+                judgement = judge(fit.heads, [head.answer(validation_rd) for head in fit.heads], validation)
+                epoch = judgement.epoch(number, train_loss)
+                if course.add(epoch):
+                    kept = fit.states()
             on_epoch(epoch)
             if course.exhausted:
                 break
@@ -73,6 +75,10 @@ def fit_vectors_for(
         fit = _Fit(specs, rows_rd, examples, config)
         for number in range(epochs):
             fit.epoch(number)
+        with fit.average.in_place():
+            kept = fit.states()
+        for head, state in zip(fit.heads, kept, strict=True):
+            head.load_state_dict(state)
     return Fitted(heads=fit.ended(), best_epoch=epochs, history=())
 
 
@@ -97,6 +103,8 @@ class _Fit:
             decayed_groups(self.heads, config.learning_rate, config.weight_decay), fused=True
         )
         self.parameters = [parameter for head in self.heads for parameter in head.parameters()]
+        named = [pair for head in self.heads for pair in head.named_parameters()]
+        self.average = WeightAverage(named, config.weight_average)
         self.step = 0
 
     def epoch(self, number: int) -> float:
@@ -113,6 +121,10 @@ class _Fit:
             chunk = self._take(rows_rd[start:stop], chunk_targets, weights_hr[:, start:stop])
             total, weight = total + chunk[0], weight + chunk[1]
         return total / weight if weight else math.nan
+
+    def states(self) -> list[dict[str, torch.Tensor]]:
+        """A copy of each head's numbers."""
+        return [{name: value.clone() for name, value in head.state_dict().items()} for head in self.heads]
 
     def ended(self) -> tuple[Head, ...]:
         """The heads, in evaluation mode."""
@@ -138,6 +150,7 @@ class _Fit:
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.learning_rate * factor
         self.optimiser.step()
+        self.average.add(self.step)
         return float(total.detach()), weight
 
 
