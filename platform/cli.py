@@ -72,7 +72,7 @@ def begin(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     quiet_environment()
     arguments = parser.parse_args(list(argv))
     settings = load_settings(arguments.settings)
-    log.configure(settings.log, secrets=(settings.storage.access_key_id, settings.storage.secret_access_key))
+    log.configure(settings.log, secrets=settings.secrets)
     return arguments, settings
 
 

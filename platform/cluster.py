@@ -33,13 +33,15 @@ QUIET_ENVIRONMENT = {
 # pyarrow's allocator would give a unit's memory back to the system and fault it in again for the next one: the larger
 # part of what a second worker on one machine costs. A worker keeps it instead, about 45 MB at ingestion.
 KEEPING_MEMORY = {"MIMALLOC_PURGE_DELAY": "-1"}
+# Ray Serve replaces a dead proxy after three failed checks: 20 to 30 s at its own period, and callers give up before.
+SOON_BACK = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
 # A Unix socket path takes 107 bytes; Ray adds `/session_<date>_<pid>/sockets/plasma_store` (63) to the folder.
 LONGEST_TEMP_DIR = 42
 
 
 def quiet_environment() -> None:
     """Set what Ray and pyarrow read when they are loaded; values that are set stay. Commands call it first."""
-    for name, value in (QUIET_ENVIRONMENT | KEEPING_MEMORY).items():
+    for name, value in (QUIET_ENVIRONMENT | KEEPING_MEMORY | SOON_BACK).items():
         os.environ.setdefault(name, value)
 
 

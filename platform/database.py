@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from genescale.platform.address import shown
 from genescale.platform.disk import disk_errors
 from genescale.platform.errors import SettingsError, TrackingError
+
+
+@contextmanager
+def opened_by_one(uri: str) -> Iterator[None]:
+    """Nobody else opens a database of the same folder inside the block; for other addresses, nothing.
+
+    `uri` is `sqlite:///` and a path as it is written on disk, in a folder that is there.
+    MLflow makes the tables of a new file when it opens it, and two processes that do so at once break it.
+    """
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    folder = os.open(Path(uri.removeprefix("sqlite:///")).absolute().parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def database_address(uri: str) -> str:

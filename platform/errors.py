@@ -8,7 +8,8 @@
     │   ├── AtlasError             atlas               an atlas file that cannot be ingested
     │   │   └── NotCountsError     not_counts          its matrix does not hold raw counts
     │   ├── CorpusError            corpus              a corpus that is absent or does not fit
-    │   └── LimitError             limit               more than a stated limit allows
+    │   ├── LimitError             limit               more than a stated limit allows
+    │   └── ConflictError          conflict            two things that cannot both be meant
     ├── StorageError               storage             object storage or a disk refused
     │   ├── NotFoundError          not_found           nothing is stored there
     │   ├── AlreadyExistsError     already_exists      a conditional create found something
@@ -103,6 +104,12 @@ class LimitError(InputError):
     """More than a stated limit allows."""
 
     code = "limit"
+
+
+class ConflictError(InputError):
+    """Two things that cannot both be meant, such as one idempotency key for two questions."""
+
+    code = "conflict"
 
 
 class StorageError(GenescaleError):

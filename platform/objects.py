@@ -158,6 +158,15 @@ class Objects:
         skip = len(f"{REMOTE_PREFIX}{place.bucket}/{base}")
         return [entry for entry in found if matches(entry.uri[skip:], patterns)]
 
+    def presigned(self, place: Place, valid_s: int, name: str) -> str:
+        """A link that works for `valid_s` seconds, to the object as a file called `name`."""
+        what = {"Bucket": place.bucket, "Key": place.key}
+        if name:
+            what["ResponseContentDisposition"] = f'attachment; filename="{name}"'
+        with self._errors(place):
+            link: str = self._connection.client.generate_presigned_url("get_object", Params=what, ExpiresIn=valid_s)
+        return link
+
     def delete(self, place: Place) -> None:
         """Remove an object if it is there."""
         with self._errors(place):

@@ -147,6 +147,9 @@ class Tracker(Protocol):
     def children(self, run_id: str) -> dict[str, str]:
         """Ids of the runs below this one, by name; of several with one name the oldest."""
 
+    def left_open(self, tag: str, value: str) -> str:
+        """Id of the newest run with this tag that is open although its process is gone; empty when there is none."""
+
     def close_dangling(self, experiment: str | None = None) -> int:
         """Mark runs whose process is gone as KILLED; returns how many there were."""
 

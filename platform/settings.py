@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 import types
 import typing
@@ -23,6 +24,7 @@ ENVIRONMENT_PREFIX = "GENESCALE_"
 # Variables with our prefix that are not settings: where the file is, and where tests find shared data.
 NOT_SETTINGS = {"GENESCALE_SETTINGS", "GENESCALE_SHARED"}
 DEFAULT_FILE = "genescale.toml"
+_PASSWORD = re.compile(r"^https?://[^/@]*?:([^/]+)@")
 
 
 class Secret:
@@ -133,6 +135,14 @@ class Settings:
     tracking: TrackingSettings = TrackingSettings()
     cluster: ClusterSettings = ClusterSettings()
     log: LogSettings = LogSettings()
+
+    @property
+    def secrets(self) -> tuple[Secret, ...]:
+        """What no log line may hold: the keys of object storage, and a password in the tracker's address."""
+        # As it is written there: a library that fails prints the address it was given.
+        found = _PASSWORD.search(self.tracking.uri)
+        keys = (self.storage.access_key_id, self.storage.secret_access_key)
+        return (*keys, Secret(found[1])) if found else keys
 
 
 def load_settings(path: str | Path | None = None, environment: Mapping[str, str] | None = None) -> Settings:

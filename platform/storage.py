@@ -137,6 +137,15 @@ class Store:
         files = [Path(entry.uri) for entry in self._disk.list(parse(path))]
         return [self.upload(file, join(uri, file.relative_to(path.absolute()).as_posix())) for file in files]
 
+    def presigned(self, uri: str, *, valid_s: int, name: str = "") -> str:
+        """A link to an object that works for `valid_s` seconds without a key; empty for a file of this machine.
+
+        Who follows it gets the content as a file called `name`. The link names the id of the access key, never its
+        secret. Nothing says whether the object is there.
+        """
+        place = self._file(uri)
+        return self._objects.presigned(place, valid_s, name) if place.bucket else ""
+
     def create_bucket(self, uri: str) -> None:
         """Make the bucket (or the local folder) of an address, unless it is there and ours."""
         place = self._place(uri)

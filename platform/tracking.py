@@ -25,7 +25,7 @@ from genescale.platform.address import Place, join, parse, shown, within
 from genescale.platform.artefacts import Artefacts, ServerArtefacts, StoredArtefacts, scratch_folder
 from genescale.platform.bundle import Bundle
 from genescale.platform.bundle_cache import cached_bundle, stored_bundle
-from genescale.platform.database import database_address
+from genescale.platform.database import database_address, opened_by_one
 from genescale.platform.errors import (
     TrackingError,
 )
@@ -209,6 +209,14 @@ class MlflowTracker(Registry):
                 if not page:
                     return found
 
+    def left_open(self, tag: str, value: str) -> str:
+        """Id of the newest open run with this tag whose process, on this machine, is gone; empty without any."""
+        with self.errors():
+            wanted = f"attributes.status = 'RUNNING' AND tags.`{tag}` = '{value}'"
+            order = ["attributes.start_time DESC"]
+            running = self.client.search_runs([self._experiment()], wanted, max_results=100, order_by=order)
+        return next((run.info.run_id for run in running if is_gone(run.data.tags.get(PROCESS_TAG, ""))), "")
+
     def close_dangling(self, experiment: str | None = None) -> int:
         """Mark the experiment's runs whose process, on this machine, is gone as KILLED; returns how many."""
         with self.errors():
@@ -243,7 +251,8 @@ class MlflowTracker(Registry):
             from mlflow import MlflowClient
 
             try:
-                return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+                with opened_by_one(self._settings.uri):
+                    return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
             except Exception as error:
                 raise self._explain(error) from error
 

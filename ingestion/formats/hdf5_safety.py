@@ -52,23 +52,33 @@ def opened(uri: str, store: Store, *, etag: str = "") -> Iterator[h5py.File]:
     etag: the tag of the content, when it is known; a file that this process has walked is then not walked again.
     Errors of the HDF5 library inside the `with` block become AtlasError; others pass.
     """
-    with store.open(uri) as raw:
-        size_bytes = raw.seek(0, 2)
-        raw.seek(0)
-        head = raw.read(signatures.HEAD_BYTES)
-        if not head.startswith(signatures.HDF5):
-            raise signatures.refusal(head, size_bytes, uri)
-        raw.seek(0)
-        source = _Source(raw, uri)
-        try:
-            with h5py.File(source, "r") as file:
-                _walk_once(file, uri, etag)
-                yield file
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-            if not _of_hdf5(error):
-                raise
-            # A read that storage refused reaches us as a general failure of the library: the cause says more.
-            raise source.failure or explained(error, size_bytes, uri) from error
+    with store.open(uri) as raw, opened_file(raw, uri, etag=etag) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def opened_file(raw: BinaryIO, uri: str, *, etag: str = "", largest_text_bytes: int = 0) -> Iterator[h5py.File]:
+    """As `opened`, of an open file that errors call `uri`.
+
+    largest_text_bytes: a heap with a longer text is not read (0: any is). The library makes a copy of a text wherever
+    it is pointed to, so a short file of pointers to one long text would fill the memory.
+    """
+    size_bytes = raw.seek(0, 2)
+    raw.seek(0)
+    head = raw.read(signatures.HEAD_BYTES)
+    if not head.startswith(signatures.HDF5):
+        raise signatures.refusal(head, size_bytes, uri)
+    raw.seek(0)
+    source = _Source(raw, uri, largest_text_bytes)
+    try:
+        with h5py.File(source, "r") as file:
+            _walk_once(file, uri, etag)
+            yield file
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        if not _of_hdf5(error):
+            raise
+        # A read that storage refused reaches us as a general failure of the library: the cause says more.
+        raise source.failure or explained(error, size_bytes, uri) from error
 
 
 class _Source(io.RawIOBase):
@@ -77,9 +87,9 @@ class _Source(io.RawIOBase):
     What the library asks for is looked at where it is known to trust it too far.
     """
 
-    def __init__(self, raw: BinaryIO, uri: str) -> None:
+    def __init__(self, raw: BinaryIO, uri: str, largest_text_bytes: int) -> None:
         super().__init__()
-        self._raw, self._uri = raw, uri
+        self._raw, self._uri, self._largest_text_bytes = raw, uri, largest_text_bytes
         self.failure: GenescaleError | None = None
 
     def readable(self) -> bool:
@@ -103,12 +113,22 @@ class _Source(io.RawIOBase):
         try:
             length: int = self._raw.readinto(buffer)  # type: ignore[attr-defined]
             read = memoryview(buffer).cast("B")[:length]
-            if read[:4] == hdf5_heap.SIGNATURE and hdf5_heap.never_ends(read):
-                raise AtlasError("a heap of texts is damaged.", where=self._uri, fix="Download the file again.")
+            if read[:4] == hdf5_heap.SIGNATURE:
+                self._check_heap(read)
             return length
         except GenescaleError as error:
             self.failure = error
             raise
+
+    def _check_heap(self, read: memoryview) -> None:
+        if hdf5_heap.never_ends(read):
+            raise AtlasError("a heap of texts is damaged.", where=self._uri, fix="Download the file again.")
+        if self._largest_text_bytes and hdf5_heap.largest_object(read) > self._largest_text_bytes:
+            raise AtlasError(
+                f"a text is longer than {self._largest_text_bytes:,} bytes.",
+                where=self._uri,
+                fix="Shorten or remove it.",
+            )
 
 
 def _of_hdf5(error: BaseException) -> bool:

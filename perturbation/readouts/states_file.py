@@ -10,6 +10,7 @@ vector                 list of float64
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -61,15 +62,7 @@ def read_states(uri: str, store: Store, *, start: str | None = None, goal: str |
 
     Raises InputError for a file that holds no states, or rows of several models, layers or poolings.
     """
-    try:
-        table = pq.read_table(io.BytesIO(store.read(uri, max_bytes=LARGEST_FILE_BYTES)))
-    except pa.ArrowException as error:
-        raise InputError(f"this is no Parquet file: {error}.", where=uri, fix=_FIX) from None
-    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
-        raise InputError(f"the file has no column '{missing[0]}', so it holds no states.", where=uri, fix=_FIX)
-    rows = table.to_pylist()
-    if len({(row["layer"], row["pooling"], row["model_digest"], len(row["vector"] or ())) for row in rows}) != 1:
-        raise InputError("the states are none, or of several models, layers or poolings.", where=uri, fix=_FIX)
+    rows = read_rows(uri, store)
     role = {row["role"]: row["state"] for row in rows}
     return States(
         names=tuple(row["state"] for row in rows),
@@ -81,3 +74,20 @@ def read_states(uri: str, store: Store, *, start: str | None = None, goal: str |
         model_digest=rows[0]["model_digest"],
         cells=tuple(row["cells"] for row in rows),
     )
+
+
+def read_rows(uri: str, store: Store) -> list[dict[str, Any]]:
+    """The rows of a file of states, of one model, layer and pooling; raises as `read_states`.
+
+    For whoever compares vectors without a model at hand.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(store.read(uri, max_bytes=LARGEST_FILE_BYTES)))
+    except pa.ArrowException as error:
+        raise InputError(f"this is no Parquet file: {error}.", where=uri, fix=_FIX) from None
+    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
+        raise InputError(f"the file has no column '{missing[0]}', so it holds no states.", where=uri, fix=_FIX)
+    rows: list[dict[str, Any]] = table.to_pylist()
+    if len({(row["layer"], row["pooling"], row["model_digest"], len(row["vector"] or ())) for row in rows}) != 1:
+        raise InputError("the states are none, or of several models, layers or poolings.", where=uri, fix=_FIX)
+    return rows

@@ -38,7 +38,7 @@ from genescale.perturbation.readouts.states import MAX_CELLS
 from genescale.perturbation.screening.two_pass import TwoPassConfig
 from genescale.platform.errors import SettingsError, did_you_mean
 from genescale.platform.settings import build, read_toml
-from genescale.training.embedder import LAYERS, TOKENS_PER_BATCH, Layer
+from genescale.training.choices import LAYERS, TOKENS_PER_BATCH, Layer
 
 Device = Literal["auto", "cpu", "cuda"]
 RunIn = Literal["cluster", "process"]

@@ -93,6 +93,21 @@ def test_secrets_do_not_show() -> None:
     assert Secret("a") != Secret("b")
 
 
+@pytest.mark.parametrize(
+    ("uri", "hidden"),
+    [
+        ("http://mlflow:p@ss:word@host:5000/path", ["p@ss:word"]),
+        ("https://:only@host", ["only"]),
+        ("https://host:5000/a@b:c@d", []),
+        ("http://user@host", []),
+        ("sqlite:///mlflow.db", []),
+    ],
+)
+def test_the_password_in_the_trackers_address_is_a_secret(uri: str, hidden: list[str]) -> None:
+    settings = build(Settings, {"tracking": {"uri": uri}, "storage": {"secret_access_key": "k"}})
+    assert [secret.reveal() for secret in settings.secrets if secret] == ["k", *hidden]
+
+
 def test_ranges_are_checked_where_they_enter() -> None:
     with pytest.raises(SettingsError, match="log"):
         load_settings(environment={"GENESCALE_LOG__FORMAT": "xml"})

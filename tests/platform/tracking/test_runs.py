@@ -6,6 +6,7 @@ import dataclasses
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from tracked_bundles import contents
 
 from genescale.platform.bundle import Bundle
+from genescale.platform.database import opened_by_one
 from genescale.platform.errors import (
     ForbiddenPathError,
     TrackingError,
@@ -146,7 +148,8 @@ _KILLED = """
 import os, signal, sys
 from genescale.platform.settings import TrackingSettings
 from genescale.platform.tracking import MlflowTracker
-with MlflowTracker(TrackingSettings(uri=sys.argv[1], artifact_root=sys.argv[2], experiment="killed")).run("r") as run:
+tracker = MlflowTracker(TrackingSettings(uri=sys.argv[1], artifact_root=sys.argv[2], experiment="killed"))
+with tracker.run("r", tags={"of": "x"}) as run:
     print(run.id, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -158,12 +161,30 @@ def test_runs_of_a_killed_process_are_closed(on_disk: Settings) -> None:
     command = [sys.executable, "-W", "ignore", "-c", _KILLED, settings.uri, settings.artifact_root]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    with tracker.run("alive") as alive:
+    with tracker.run("alive", tags={"of": "x"}) as alive:
+        # The newest with the tag, but not the one that lives.
+        assert tracker.left_open("of", "x") == done.stdout.strip()
+        assert tracker.left_open("of", "y") == ""
         assert tracker.close_dangling() == 1
+        assert tracker.left_open("of", "x") == ""
         assert tracker.client.get_run(done.stdout.strip()).info.status == "KILLED"
         assert tracker.client.get_run(alive.id).info.status == "RUNNING"
     assert tracker.close_dangling("killed") == 0
     assert tracker.close_dangling("no such experiment") == 0
+
+
+def test_a_new_database_is_opened_by_one_at_a_time(tmp_path: Path) -> None:
+    inside: list[str] = []
+
+    def open_it(name: str) -> None:
+        with opened_by_one(f"sqlite:///{tmp_path}/mlflow.db"):
+            inside.append(f"{name} in")
+            time.sleep(0.05)
+            inside.append(f"{name} out")
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(open_it, "abc"))
+    assert all(after == before.replace("in", "out") for before, after in zip(inside[::2], inside[1::2], strict=True))
 
 
 def test_processes_are_told_apart() -> None:
