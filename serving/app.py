@@ -1,21 +1,21 @@
-"""The Ray Serve application: a model resolved once, its replicas, and the HTTP side in front of them.
+"""The Ray Serve application: models resolved once, their replicas, and the HTTP side in front of them.
 
     with ray_cluster(settings), service("models:/encoder@production", ServingConfig(port=0), settings) as running:
         print(running.url)
 
 On a cluster whose Serve is run from a config file, `import_path: genescale.serving.app:application` builds the same
-application from `args: {model: …, settings: …, replicas: …}`.
+application from `args: {model: …, settings: …, replicas: …}`; several models are `models: {NAME: …, NAME: …}`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,20 +24,32 @@ from ray.serve.config import BackpressureConfig, HTTPOptions
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from genescale.platform.bundle import Bundle
 from genescale.platform.errors import ClusterError, SettingsError
 from genescale.platform.settings import Settings, build, load_settings
 from genescale.serving.access.draining import Drainer
-from genescale.serving.answers import Answers
 from genescale.serving.config import ServingConfig
-from genescale.serving.facts import describe
 from genescale.serving.gate import Gate
-from genescale.serving.neighbours.answering import NeighborAnswers
+from genescale.serving.jobs.on_ray import jobs_on_ray, stop_supervisor
+from genescale.serving.models.fleet import end_rollout
+from genescale.serving.models.named import Models, check_sizes, resolve_all
+from genescale.serving.models.record import Record
+from genescale.serving.models.serving_side import RayModels, VersionMaker
+from genescale.serving.models.state import ModelsState, initial_state
 from genescale.serving.neighbours.reference import IndexRelease, resolve_index
-from genescale.serving.release import Release, resolve
-from genescale.serving.replicas import CONSTRUCTOR_TRIES, ServedModel, cache_folder, model_deployment, prepare_process
+from genescale.serving.published_states import PublishedStates, published_with
+from genescale.serving.release import Release
+from genescale.serving.replicas import (
+    CONSTRUCTOR_TRIES,
+    HEALTH_CHECK_PERIOD_S,
+    cache_folder,
+    model_deployment,
+    prepare_process,
+)
 from genescale.serving.routes import http_application
 from genescale.serving.services import Services
+from genescale.serving.watching.metrics_route import watch_of
+from genescale.serving.watching.reporter import Reporter
+from genescale.serving.watching.watcher import watcher_deployment
 
 # Room at the HTTP side beyond admitted requests: for refusing others quickly, and for probes.
 INGRESS_HEADROOM = 64
@@ -53,17 +65,22 @@ class RunningService:
 
     url: str
     release: Release
+    """Of the default model, as deployed."""
+    releases: Mapping[str, Release]
+    """Of every model by name, as deployed."""
     config: ServingConfig
     drainer: Drainer
 
     def stop(self) -> None:
         """Refuse what is new, finish what is being answered, then stop the application, its proxy and Serve itself."""
+        end_rollout(self.config.application)
         self.drainer.drain(self.config.application, timeout_s=self.config.limits.deadline_s)
         serve.shutdown()
+        Record(self.config.application).clear()
 
 
-def start(model: str | Path | Bundle, config: ServingConfig, settings: Settings) -> RunningService:
-    """Resolve `model` once and serve it on the Ray of this process; returns when the service is ready.
+def start(models: Models, config: ServingConfig, settings: Settings) -> RunningService:
+    """Resolve each model once and serve it on the Ray of this process; returns when the service is ready.
 
     Downloads go to `config.cache`. Raises ClusterError when Serve runs there already or the service does not come up,
     and whatever `resolve` raises when the model cannot be had.
@@ -78,9 +95,13 @@ def start(model: str | Path | Bundle, config: ServingConfig, settings: Settings)
     if not settings.cluster.address:
         _check_room(config)
     config = replace(config, port=config.port or _free_port(config.host))
-    release = resolve(model, settings, cache_folder(config))
-    index = _index(release, config, settings)
+    releases = resolve_all(models, settings, cache_folder(config))
+    check_sizes(releases, config.max_model_bytes)
+    index = _index(releases, config, settings)
+    states = published_with(releases.values(), config, settings)
     limits = config.limits
+    # What an earlier service on this cluster rolled out is not what is deployed now.
+    Record(config.application).clear()
     try:
         serve.start(
             proxy_location="HeadOnly",
@@ -93,7 +114,7 @@ def start(model: str | Path | Bundle, config: ServingConfig, settings: Settings)
             logging_config=_quiet(),
         )
         serve.run(
-            _application(release, index, config, settings),
+            _application(releases, index, states, config, settings),
             name=config.application,
             route_prefix="/",
             logging_config=_quiet(),
@@ -105,96 +126,151 @@ def start(model: str | Path | Bundle, config: ServingConfig, settings: Settings)
     except BaseException:
         serve.shutdown()
         raise
-    return RunningService(url=_url(config), release=release, config=config, drainer=Drainer())
+    default = next(iter(releases.values()))
+    return RunningService(url=_url(config), release=default, releases=releases, config=config, drainer=Drainer())
 
 
 @contextlib.contextmanager
-def service(model: str | Path | Bundle, config: ServingConfig, settings: Settings) -> Iterator[RunningService]:
+def service(models: Models, config: ServingConfig, settings: Settings) -> Iterator[RunningService]:
     """`start` for the length of a block; nothing of it is left afterwards, downloads included."""
     with tempfile.TemporaryDirectory(prefix="genescale-model-") as folder:
-        running = start(model, config if config.cache else replace(config, cache=folder), settings)
+        running = start(models, config if config.cache else replace(config, cache=folder), settings)
         try:
             yield running
         finally:
             running.stop()
+            # On a cluster that stays, jobs go on without the service; on a Ray of our own they wait for the next start.
+            if config.jobs.on and not settings.cluster.address:
+                stop_supervisor(config)
 
 
 def application(args: Mapping[str, Any]) -> serve.Application:
-    """The application for a Serve config file: `args` are `model`, `settings` (a file) and fields of ServingConfig."""
+    """The application for a Serve config file.
+
+    `args` are `model`, or `models` by name, `settings` (a file) and fields of ServingConfig.
+    """
     values = dict(args)
     settings = load_settings(values.pop("settings", None))
-    model = values.pop("model", None)
-    if not model:
-        raise SettingsError("missing model.", where="args", fix="Name one, for example models:/encoder@production.")
+    model, models = values.pop("model", None), values.pop("models", None)
+    if bool(model) == bool(models):
+        raise SettingsError(
+            "give either a model or models.", where="args", fix="For example model: models:/encoder@production."
+        )
+    if models and not isinstance(models, Mapping):
+        raise SettingsError("models is no table of names.", where="args", fix="Write NAME: MODEL for each.")
     config = build(ServingConfig, values, where="args")
-    release = resolve(str(model), settings, cache_folder(config))
-    return _application(release, _index(release, config, settings), config, settings)
+    releases = resolve_all(models or str(model), settings, cache_folder(config))
+    check_sizes(releases, config.max_model_bytes)
+    states = published_with(releases.values(), config, settings)
+    return _application(releases, _index(releases, config, settings), states, config, settings)
 
 
-def _index(release: Release, config: ServingConfig, settings: Settings) -> IndexRelease | None:
-    return resolve_index(config.index, release, settings, cache_folder(config)) if config.index else None
+def _index(releases: Mapping[str, Release], config: ServingConfig, settings: Settings) -> IndexRelease | None:
+    """The reference of the config, which must have been made with one of the models."""
+    if not config.index:
+        return None
+    first, *others = releases.values()
+    for release in others:
+        with contextlib.suppress(SettingsError):
+            return resolve_index(config.index, release, settings, cache_folder(config))
+    return resolve_index(config.index, first, settings, cache_folder(config))
 
 
 def _application(
-    release: Release, index: IndexRelease | None, config: ServingConfig, settings: Settings
+    releases: Mapping[str, Release],
+    index: IndexRelease | None,
+    states: PublishedStates,
+    config: ServingConfig,
+    settings: Settings,
 ) -> serve.Application:
-    """The HTTP side, bound to the model's replicas."""
+    """The HTTP side, bound to the replicas."""
     options = Ingress.options(  # type: ignore[attr-defined]
         num_replicas=config.ingress_replicas,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         max_ongoing_requests=config.max_admitted + INGRESS_HEADROOM,
         max_queued_requests=INGRESS_QUEUE,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=config.retry_after_s),
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=config.limits.deadline_s,
     )
-    model = model_deployment(release, config, settings)
-    bound: serve.Application = options.bind(model, release, index, config, settings)
+    initial = initial_state(releases)
+    model = model_deployment(initial, config, settings)
+    watcher = watcher_deployment(releases, config, settings)
+    bound: serve.Application = options.bind(model, initial, index, states, config, settings, watcher=watcher)
     return bound
 
 
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """The HTTP side: gate, routes, tokens. It holds the vocabulary, never the weights."""
+    """The HTTP side: gate, routes, tokens. It holds vocabularies, never weights."""
 
     def __init__(
         self,
         model: DeploymentHandle,
-        release: Release,
+        initial: ModelsState,
         index: IndexRelease | None,
+        states: PublishedStates,
         config: ServingConfig,
         settings: Settings,
+        *,
+        watcher: DeploymentHandle,
     ) -> None:
         prepare_process(settings, config)
-        bundle = release.open(settings, cache_folder(config))
+        self._reporter = Reporter(lambda: watcher)
         reference = index.open(settings, cache_folder(config)) if index else None
-        info = describe(release, bundle, config, reference=reference.facts if reference else None)
-        answers = Answers(
-            ServedModel(model, places=config.max_ongoing * config.replicas), bundle.vocabulary, info, config.limits
-        )
+        make = VersionMaker(model, reference, states, config, settings)
+        self._models = RayModels(make, model, initial, config, settings)
+        default = self._models.versions.default
         services = Services(
-            answers=answers,
-            neighbors=NeighborAnswers(answers, reference) if reference else None,
+            answers=default.answers,
+            neighbors=default.neighbors,
+            release=default.release,
+            models=self._models,
             retry_after_s=config.retry_after_s,
+            jobs=jobs_on_ray(config, settings),
+            deployment_run_id=self._reporter.run_id,
+            other_reports=self._reporter.others,
         )
         self._gate = http_application(services, config, echo_request_id=False)
+        self._reporter.start(watch_of(self._gate.app).report)
 
     def __serve_build_asgi_app__(self) -> Gate:
         return self._gate
 
-    def drain(self) -> int:
+    async def drain(self) -> int:
         """Take no new work; returns how many requests are still being answered."""
-        return self._gate.drain()
+        left = self._gate.drain()
+        if not left:
+            # What was counted last is not lost with this process.
+            await self._reporter.tell()
+        return left
+
+    async def prepare_version(self, release: Release) -> frozenset[str]:
+        """Make a release ready to be adopted; what it can answer beside embeddings."""
+        return (await asyncio.to_thread(self._models.versions.prepare, release)).able
+
+    async def adopt(self, state: ModelsState) -> int:
+        """Answer as `state` says from now on; returns the generation that answers."""
+        return await asyncio.to_thread(self._models.versions.adopt, state)
+
+    def in_work(self, release: Release) -> int:
+        """Questions that a release is working on for this process."""
+        return self._models.versions.in_work(release)
+
+    def forget(self, release: Release) -> None:
+        """Let go of a release that nothing names any more."""
+        self._models.versions.forget(release)
 
 
 def _check_room(config: ServingConfig) -> None:
     """Raise ClusterError when this machine's Ray can never place the replicas; Serve would wait for ever."""
     there = ray.cluster_resources()
     asked = {
-        "CPU": config.replicas * config.num_cpus + config.ingress_replicas * INGRESS_CPUS,
-        "GPU": config.replicas * config.num_gpus,
+        "CPU": config.replicas * config.num_cpus + config.ingress_replicas * INGRESS_CPUS + config.jobs.cpus,
+        "GPU": config.replicas * config.num_gpus + config.jobs.gpus,
     }
     for name, number in asked.items():
         if number > there.get(name, 0.0):

@@ -1,11 +1,7 @@
-"""Embeddings as an Arrow IPC stream: one row for each cell, numbers as they are instead of as text.
+"""Embeddings as an Arrow IPC stream: one row for each cell, beside what `arrow_answers` says of it
 
-    id, n_genes, n_tokens, cropped, ignored, merged    as in the JSON answer
-    embedding                                          fixed_size_list<float>[d], or for the output `genes`
-    genes, gene_embeddings                             list<utf8>, list<fixed_size_list<float>[d]>
-
-The rest of the answer (provenance, layer, output, pooling, timings) is JSON under the key `genescale` of the schema's
-metadata.
+embedding                  fixed_size_list<float>[d], or for the output `genes`
+genes, gene_embeddings     list<utf8>, list<fixed_size_list<float>[d]>
 """
 
 from __future__ import annotations
@@ -13,25 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from genescale.serving.arrow_cells import METADATA_KEY
+from genescale.serving.arrow_answers import cell_columns, stream_of
 from genescale.serving.embedding_plan import EmbeddingPlan, gene_ids
 from genescale.serving.intake import Intake
 from genescale.serving.schemas import EmbeddingsFacts, Timings
-
-_IGNORED = pa.struct(
-    [
-        *((name, pa.int32()) for name in ("n", "unknown", "no_median", "zero")),
-        ("genes", pa.list_(pa.struct([("gene", pa.utf8()), ("reason", pa.utf8())]))),
-    ]
-)
-_FACTS: dict[str, pa.DataType] = {
-    "id": pa.utf8(),
-    "n_genes": pa.int32(),
-    "n_tokens": pa.int32(),
-    "cropped": pa.bool_(),
-    "ignored": _IGNORED,
-    "merged": pa.list_(pa.struct([("gene", pa.utf8()), ("names", pa.list_(pa.utf8()))])),
-}
 
 
 def render_arrow(intake: Intake, plan: EmbeddingPlan, rows_rd: np.ndarray, timings: Timings) -> bytes:
@@ -41,17 +22,10 @@ def render_arrow(intake: Intake, plan: EmbeddingPlan, rows_rd: np.ndarray, timin
         layer=plan.layer,
         output=plan.output,
         pooling=plan.pooling,
+        file=plan.file,
         timings_ms=timings,
     )
-    dumped = [cell.facts.model_dump() for cell in plan.cells]
-    columns = {name: pa.array([one[name] for one in dumped], kind) for name, kind in _FACTS.items()}
-    batch = pa.record_batch({**columns, **_vectors(intake, plan, rows_rd)})
-    schema = batch.schema.with_metadata({METADATA_KEY: facts.model_dump_json().encode()})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as writer:
-        writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-    body: bytes = sink.getvalue().to_pybytes()
-    return body
+    return stream_of({**cell_columns(plan.cells), **_vectors(intake, plan, rows_rd)}, facts)
 
 
 def _vectors(intake: Intake, plan: EmbeddingPlan, rows_rd: np.ndarray) -> dict[str, pa.Array]:

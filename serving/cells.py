@@ -16,6 +16,7 @@ from genescale.platform.errors import InputError
 from genescale.platform.rank_value import rank_value_tokens
 from genescale.platform.vocabulary import Vocabulary
 from genescale.serving.schemas import CellAsked, CellFacts, Ignored, IgnoredGene, Merged, Reason
+from genescale.serving.watching.noted import note_size
 
 UNKNOWN = -1
 # Named first where the list of ignored genes is cut: what a caller can act on.
@@ -78,6 +79,7 @@ class CellReader:
             ignored=self._ignored(names, reasons_g),
             merged=self._merged(names, np.flatnonzero(used_g), tokens, position_g),
         )
+        note_size(cells=1)
         return PreparedCell(tokens=ranked.input_ids, uncropped=whole.input_ids, facts=facts)
 
     def lookup(self, names: Sequence[str]) -> np.ndarray:
@@ -125,6 +127,7 @@ class CellReader:
             ignored=Ignored(n=0, unknown=0, no_median=0, zero=0, genes=[]),
             merged=[],
         )
+        note_size(cells=1)
         return PreparedCell(tokens=self._framed(kept), uncropped=self._framed(genes), facts=facts)
 
     def _checked_genes(self, genes: np.ndarray, where: str) -> np.ndarray:

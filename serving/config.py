@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from genescale.platform.errors import SettingsError
 from genescale.platform.settings import Secret
 from genescale.serving.access.callers import is_loopback
+from genescale.serving.jobs.settings import NO_JOBS, JobsConfig
 
 # Shorter keys can be guessed, and a key of blanks is an unset variable.
 SHORTEST_KEY = 16
@@ -42,6 +43,10 @@ class Limits:
     """Genes whose classes one answer may hold."""
     max_tokens: int = 2_000_000
     """Tokens through the model for one request: the cells, and each cell again for each edit."""
+    max_file_bytes: int = 32 * 1024 * 1024
+    """Bytes of an h5ad file in a body; 1 refuses every file before it is opened."""
+    max_unpacked_bytes: int = 256 * 1024 * 1024
+    """Bytes that the matrices and tables of one h5ad file may unpack to."""
     max_listed_genes: int = 50
     """Ignored genes that a response names per cell; all of them are counted."""
     body_timeout_s: float = 30.0
@@ -80,8 +85,8 @@ class ServingConfig:
     attention: str = "auto"
     tokens_per_batch: int = 8_192
     """Token budget of one pass through the model, filled from all waiting requests; others wait as long as it takes."""
-    batch_wait_s: float = 0.005
-    """Seconds a pass waits for more requests to share it."""
+    batch_wait_s: float = 0.0
+    """Seconds that a free model waits for more passes to share its next one; while it works, passes gather anyway."""
     max_ongoing: int = 16
     """Requests per model replica that are worked on in turns, pass by pass, or together in one."""
     max_queued: int = 32
@@ -97,6 +102,14 @@ class ServingConfig:
     """Folder on each node for downloaded models; empty means a temporary one."""
     index: str = ""
     """Folder or s3:// address of the reference that /v1/neighbors searches (`genescale index`); empty means none."""
+    max_model_bytes: int = 8 * 1024**3
+    """Bytes of weights that one replica holds at a time; of several models, the one used longest ago makes room."""
+    states: tuple[str, ...] = ()
+    """Files of states (`genescale perturb states`) that requests may name; each belongs to the model of its digest."""
+    tracking_interval_s: float = 60.0
+    """Seconds between measurements of the deployment's run in the tracker; 0 records no run."""
+    jobs: JobsConfig = NO_JOBS
+    """Work that is answered later: where it is kept, what it may read, how much of it runs."""
     application: str = "genescale"
     """Name of the application in Ray Serve."""
     limits: Limits = Limits()
@@ -104,7 +117,13 @@ class ServingConfig:
     def __post_init__(self) -> None:
         _check_at_least(1, {k: getattr(self, k) for k in _COUNTS})
         _check_at_least(
-            0, {"num_gpus": self.num_gpus, "batch_wait_s": self.batch_wait_s, "max_queued": self.max_queued}
+            0,
+            {
+                "num_gpus": self.num_gpus,
+                "batch_wait_s": self.batch_wait_s,
+                "max_queued": self.max_queued,
+                "tracking_interval_s": self.tracking_interval_s,
+            },
         )
         if self.num_cpus <= 0:
             raise SettingsError(f"num_cpus is {self.num_cpus}.", where="serving", fix="Use a number above 0.")
@@ -138,7 +157,7 @@ class ServingConfig:
         return self.max_ongoing * self.replicas + self.max_queued
 
 
-_COUNTS = ("replicas", "ingress_replicas", "tokens_per_batch", "max_ongoing", "retry_after_s")
+_COUNTS = ("replicas", "ingress_replicas", "tokens_per_batch", "max_ongoing", "max_model_bytes", "retry_after_s")
 
 
 def _check_at_least(least: float, values: dict[str, float]) -> None:

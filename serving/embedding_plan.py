@@ -13,7 +13,7 @@ import numpy as np
 from genescale.platform.vocabulary import Vocabulary
 from genescale.serving.cells import PreparedCell
 from genescale.serving.passes import Rows
-from genescale.serving.schemas import Layer, Output, Pooling
+from genescale.serving.schemas import FileFacts, Layer, Output, Pooling
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,6 +25,8 @@ class EmbeddingPlan:
     pooling: Pooling | None
     """How a cell becomes one vector; None for one vector per gene."""
     cells: list[PreparedCell]
+    file: FileFacts | None = None
+    """That the cells came in."""
 
     @property
     def rows(self) -> Rows:

@@ -5,17 +5,15 @@ Axis suffixes: `r` rows of all cells (one for each, or one for each gene of each
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from genescale.platform.errors import InputError, LimitError
-from genescale.serving.arrow_cells import open_request, read_cells
 from genescale.serving.arrow_embeddings import render_arrow
 from genescale.serving.cells import PreparedCell
 from genescale.serving.embedding_plan import EmbeddingPlan, gene_ids
 from genescale.serving.intake import Intake
 from genescale.serving.media import ARROW_TYPE
+from genescale.serving.questions import ReadCells, Sent, read_question
 from genescale.serving.schemas import (
     EmbeddedCell,
     EmbeddingOptions,
@@ -32,43 +30,27 @@ class Embeddings:
     def __init__(self, intake: Intake) -> None:
         self.intake = intake
 
-    def planner(self, sent: str) -> Callable[[bytes], EmbeddingPlan]:
-        """What reads a body of this form."""
-        return self.plan_arrow if sent == ARROW_TYPE else self.plan
+    def plan(self, sent: Sent) -> EmbeddingPlan:
+        """What was asked of the model; raises InputError, LimitError and RefusedError."""
+        question = read_question(self.intake, sent, EmbeddingsAsked, EmbeddingOptions)
+        pooling = self._pooling(question.options)
+        return self._checked(question.options, pooling, question.read_cells())
 
-    def renderer(self, wanted: str) -> Callable[[EmbeddingPlan, np.ndarray, Timings], bytes]:
-        """What writes an answer in this form."""
-        return self.render_arrow if wanted == ARROW_TYPE else self.render
-
-    def plan(self, body: bytes) -> EmbeddingPlan:
-        """What JSON of EmbeddingsAsked asks of the model; raises InputError, LimitError and RefusedError."""
-        asked = self.intake.read(EmbeddingsAsked, body)
-        pooling = self._pooling(asked)
-        return self._checked(asked, pooling, self.intake.cells(asked.cells))
-
-    def plan_arrow(self, body: bytes) -> EmbeddingPlan:
-        """What an Arrow stream of cells (`arrow_cells`) asks of the model; raises as `plan`."""
-        request = open_request(body, self.intake)
-        asked = self.intake.read(EmbeddingOptions, request.options)
-        pooling = self._pooling(asked)
-        return self._checked(asked, pooling, read_cells(request, self.intake))
-
-    def render(self, plan: EmbeddingPlan, rows_rd: np.ndarray, timings: Timings) -> bytes:
-        """JSON of EmbeddingsAnswered."""
+    def render(self, plan: EmbeddingPlan, rows_rd: np.ndarray, timings: Timings, wanted: str) -> bytes:
+        """JSON of EmbeddingsAnswered, or the same as an Arrow stream (`arrow_embeddings`)."""
+        if wanted == ARROW_TYPE:
+            return render_arrow(self.intake, plan, rows_rd, timings)
         make = self._with_genes if plan.output == "genes" else self._with_vector
         answered = EmbeddingsAnswered(
             provenance=self.intake.info.provenance,
             layer=plan.layer,
             output=plan.output,
             pooling=plan.pooling,
+            file=plan.file,
             cells=[make(cell, part) for cell, part in zip(plan.cells, plan.parts(rows_rd), strict=True)],
             timings_ms=timings,
         )
         return answered.model_dump_json().encode()
-
-    def render_arrow(self, plan: EmbeddingPlan, rows_rd: np.ndarray, timings: Timings) -> bytes:
-        """The same as an Arrow stream (`arrow_embeddings`)."""
-        return render_arrow(self.intake, plan, rows_rd, timings)
 
     def _pooling(self, asked: EmbeddingOptions) -> Pooling | None:
         """None for one vector per gene; InputError for a pooling that says something else than the output."""
@@ -85,8 +67,9 @@ class Embeddings:
             )
         return pooling
 
-    def _checked(self, asked: EmbeddingOptions, pooling: Pooling | None, cells: list[PreparedCell]) -> EmbeddingPlan:
-        plan = EmbeddingPlan(layer=asked.layer, output=asked.output, pooling=pooling, cells=cells)
+    def _checked(self, asked: EmbeddingOptions, pooling: Pooling | None, read: ReadCells) -> EmbeddingPlan:
+        cells = read.cells
+        plan = EmbeddingPlan(layer=asked.layer, output=asked.output, pooling=pooling, cells=cells, file=read.file)
         n_values = sum(cell.n_shown for cell in cells) * self.intake.info.encoder.width
         limit = self.intake.limits.max_gene_values
         if plan.output == "genes" and n_values > limit:
@@ -95,7 +78,7 @@ class Embeddings:
                 where="output",
                 fix="Send fewer cells at a time.",
             )
-        self.intake.check_tokens(sum(len(cell.tokens) for cell in cells))
+        self.intake.check_tokens(read.n_tokens)
         return plan
 
     def _with_vector(self, cell: PreparedCell, row_1d: np.ndarray) -> EmbeddedCell:

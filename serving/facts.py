@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import get_args
@@ -10,7 +11,7 @@ from typing import get_args
 from genescale.perturbation.readouts.shift import MEASURES
 from genescale.platform.bundle import Bundle
 from genescale.serving.config import ServingConfig
-from genescale.serving.media import JSON_OR_ARROW
+from genescale.serving.media import CELL_FORMS, JSON_OR_ARROW
 from genescale.serving.release import Release
 from genescale.serving.schemas import (
     CorpusFacts,
@@ -24,6 +25,7 @@ from genescale.serving.schemas import (
     Pooling,
     Provenance,
     ReferenceFacts,
+    StateFacts,
     VocabularyFacts,
 )
 
@@ -31,7 +33,7 @@ from genescale.serving.schemas import (
 PUBLIC_LINEAGE = ("corpus_version", "git_commit", "run_id", "parent_digest")
 # Fields of the config that bound requests, beside its limits.
 HEAD_FILE = "head.json"
-SHOWN = ("tokens_per_batch", "max_ongoing", "max_queued", "replicas")
+SHOWN = ("tokens_per_batch", "max_ongoing", "max_queued", "replicas", "max_model_bytes")
 
 
 def head_facts(bundle: Bundle) -> list[HeadFacts]:
@@ -46,7 +48,12 @@ def head_facts(bundle: Bundle) -> list[HeadFacts]:
 
 
 def describe(
-    release: Release, bundle: Bundle, config: ServingConfig, *, reference: ReferenceFacts | None = None
+    release: Release,
+    bundle: Bundle,
+    config: ServingConfig,
+    *,
+    reference: ReferenceFacts | None = None,
+    states: Sequence[StateFacts] = (),
 ) -> InfoAnswered:
     """What `/v1/info` says: model, vocabulary, corpus, reference, choices and limits."""
     vocabulary, lineage = bundle.vocabulary, bundle.lineage
@@ -59,6 +66,7 @@ def describe(
     return InfoAnswered(
         service="genescale",
         build=version("genescale"),
+        models={},
         provenance=provenance,
         encoder=EncoderFacts(
             width=bundle.config["hidden_size"],
@@ -70,14 +78,16 @@ def describe(
         ),
         heads=head_facts(bundle),
         reference=reference,
+        states=list(states),
         lineage={key: lineage[key] for key in PUBLIC_LINEAGE if key in lineage},
         choices={
             "layer": list(get_args(Layer)),
-            "content_types": list(JSON_OR_ARROW),
+            "content_types": list(CELL_FORMS),
+            "answer_types": list(JSON_OR_ARROW),
             "output": [name for name in get_args(Output) if has_cls or name != "cls"],
             "pooling": [name for name in get_args(Pooling) if has_cls or name != "cls"],
             "measure": [name for name in MEASURES if has_cls or name != "cls"],
             "kind": list(get_args(Kind)),
         },
-        limits={**asdict(config.limits), **{name: getattr(config, name) for name in SHOWN}},
+        limits={**asdict(config.limits), **{name: getattr(config, name) for name in SHOWN}, **config.jobs.limits},
     )

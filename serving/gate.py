@@ -24,9 +24,11 @@ from genescale.serving.access.presence import CallerLeftError, Presence
 from genescale.serving.access.rates import Rates, paid_by
 from genescale.serving.access.ring import KeyRing
 from genescale.serving.access.room import Room
-from genescale.serving.access.scopes import OPEN_PATHS, READY
+from genescale.serving.access.scopes import ADMIN, OPEN_PATHS, READY, is_open
 from genescale.serving.config import ServingConfig
 from genescale.serving.problems import JSON_TYPE, Problem, RefusedError, problem_of, refused
+from genescale.serving.watching.http_numbers import HttpNumbers
+from genescale.serving.watching.noted import Noted, note_phases, note_problem, noting
 
 __all__ = ["OPEN_PATHS", "Gate"]
 
@@ -63,6 +65,8 @@ class Gate:
         self.ring = KeyRing(config.api_keys, config.keys_file)
         self.rates = Rates(config.ingress_replicas)
         self.room = Room(config.max_admitted, config.limits.max_held_bytes, retry_after_s=config.retry_after_s)
+        expected = {"http": config.ingress_replicas, "model": config.replicas}
+        self.numbers = HttpNumbers(app, self.room, expected)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection; only HTTP is spoken here."""
@@ -83,9 +87,10 @@ class Gate:
         scope["request_id"] = request_id
         answer = _Answer(send, request_id if self.echo_request_id else "")
         began = time.monotonic()
-        with bind(request_id=request_id):
+        with bind(request_id=request_id), noting() as noted:
+            self.numbers.began(noted)
             try:
-                await self._pass(scope, receive, answer, began)
+                await self._pass(scope, receive, answer, began, noted)
             except CallerLeftError:
                 # Nobody is there to be answered; the line below says that the caller is gone.
                 pass
@@ -93,31 +98,38 @@ class Gate:
             except Exception as error:  # noqa: BLE001
                 await self._refuse(error, answer, request_id)
             finally:
-                _log_line(scope, answer.status, 1000 * (time.monotonic() - began))
+                seconds = time.monotonic() - began
+                noted.bytes_out = answer.size_bytes
+                self.numbers.ended(scope, noted, answer.status, seconds, question=_works(scope))
+                _log_line(scope, answer.status, 1000 * seconds)
 
-    async def _pass(self, scope: Scope, receive: Receive, answer: _Answer, began: float) -> None:
+    async def _pass(self, scope: Scope, receive: Receive, answer: _Answer, began: float, noted: Noted) -> None:
         key = self._admit_caller(scope)
         deadline_s = self._deadline_s(scope)
-        works = scope["method"] not in FREE_METHODS
+        works = _works(scope)
         if works:
             # Refused before the body is read: what there is no room for must not fill the memory.
             self.room.check()
         if key is not None:
             self.rates.take_request(key)
         with self.room.bytes_held() as hold:
+            asked = time.monotonic()
             body = await read_whole(scope, receive, self.config.limits, hold)
             if body is None:
                 return
+            noted.bytes_in, noted.stage = len(body), "reading"
+            note_phases({"body": time.monotonic() - asked})
             with self.room.place() if works else contextlib.nullcontext(), paid_by(self.rates, key):
                 await self._within(deadline_s, began, scope, Presence(body, receive), answer)
 
     def _admit_caller(self, scope: Scope) -> ApiKey | None:
-        if scope["path"] in OPEN_PATHS:
+        if is_open(scope["path"]):
             if scope["path"] == READY:
                 self.room.check_open()
             return None
         key = caller_of(scope, self.ring)
         scope["key_id"] = key.id if key else ""
+        scope["key_scopes"] = key.scopes if key else (ADMIN,)
         return key
 
     def _deadline_s(self, scope: Scope) -> float | None:
@@ -152,6 +164,7 @@ class Gate:
 
     async def _refuse(self, error: Exception, answer: _Answer, request_id: str) -> None:
         problem = problem_of(error, retry_after_s=self.config.retry_after_s)
+        note_problem(problem.code)
         expected = isinstance(error, (OverloadedError, DeadlineError, DrainingError, RefusedError))
         if problem.status >= 500 and not expected:
             log.error("request failed", exc_info=error)
@@ -164,12 +177,14 @@ class _Answer:
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send, self._request_id = send, request_id
-        self.status = 0
+        self.status, self.size_bytes = 0, 0
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = self._headers(message.get("headers", ()))
+        else:
+            self.size_bytes += len(message.get("body", b""))
         await self._send(message)
 
     async def problem(self, problem: Problem, request_id: str) -> None:
@@ -184,6 +199,11 @@ class _Answer:
         present = {name.lower() for name, _ in given}
         ours = {**SECURITY_HEADERS, **({"x-request-id": self._request_id} if self._request_id else {})}
         return given + [(k.encode(), v.encode()) for k, v in ours.items() if k.encode() not in present]
+
+
+def _works(scope: Scope) -> bool:
+    """Whether a request asks for work, rather than for a fact."""
+    return scope["method"] not in FREE_METHODS
 
 
 def _log_line(scope: Scope, status: int, milliseconds: float) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from genescale.serving.problems import JSON_TYPE, refused
 
 ARROW_TYPE = "application/vnd.apache.arrow.stream"
+H5AD_TYPE = "application/x-hdf5"
 _QUALITY = re.compile(r"q\s*=\s*(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)")
 
 
@@ -58,3 +59,5 @@ def _rank(form: str, ranges: Sequence[tuple[str, float]]) -> tuple[float, int, i
 
 
 JSON_ONLY, JSON_OR_ARROW = (JSON_TYPE,), (JSON_TYPE, ARROW_TYPE)
+CELL_FORMS = (JSON_TYPE, ARROW_TYPE, H5AD_TYPE)
+"""Forms in which cells come."""

@@ -9,10 +9,15 @@ import numpy as np
 
 from genescale.perturbation.perturb import EditAnswer, EditRequest
 from genescale.platform.errors import InputError, did_you_mean
+from genescale.serving.arrow_shifts import render_arrow
 from genescale.serving.cells import PreparedCell
 from genescale.serving.intake import Intake
+from genescale.serving.media import ARROW_TYPE
 from genescale.serving.passes import Comparison, furthest_genes
-from genescale.serving.schemas import HeadFacts, Timings
+from genescale.serving.problems import JSON_TYPE
+from genescale.serving.published_states import PublishedState, StateKey, named_vector
+from genescale.serving.questions import Sent, read_question
+from genescale.serving.schemas import HeadFacts, Pooling, Timings
 from genescale.serving.schemas_perturb import (
     EditAnswered,
     EditAsked,
@@ -20,6 +25,8 @@ from genescale.serving.schemas_perturb import (
     GeneShift,
     PerturbationsAnswered,
     PerturbationsAsked,
+    PerturbationsFacts,
+    PerturbationsOptions,
     PerturbedCell,
     StateAsked,
     TopGeneShift,
@@ -30,7 +37,7 @@ from genescale.serving.schemas_perturb import (
 class PerturbationPlan:
     """A request for perturbations, read and tokenised."""
 
-    asked: PerturbationsAsked
+    asked: PerturbationsOptions
     cells: list[PreparedCell]
     edits: list[EditRequest]
     comparison: Comparison
@@ -48,13 +55,14 @@ class PerturbationPlan:
 class Perturbations:
     """Plans and renders perturbations for one model."""
 
-    def __init__(self, intake: Intake) -> None:
-        self.intake = intake
+    def __init__(self, intake: Intake, published: Mapping[StateKey, PublishedState] | None = None) -> None:
+        self.intake, self.published = intake, dict(published or {})
 
-    def plan(self, body: bytes) -> PerturbationPlan:
-        """What JSON of PerturbationsAsked asks of the model; raises InputError, LimitError and RefusedError."""
+    def plan(self, sent: Sent) -> PerturbationPlan:
+        """What was asked of the model; raises InputError, LimitError and RefusedError."""
         intake, limits = self.intake, self.intake.limits
-        asked = intake.read(PerturbationsAsked, body)
+        question = read_question(intake, sent, PerturbationsAsked, PerturbationsOptions)
+        asked = question.options
         intake.check_cls(asked.measure, "measure", fix="Use 'remaining_genes' or 'mean_pooled'.")
         intake.check_number(len(asked.edits), limits.max_edits, "edits")
         intake.check_number(len(asked.gene_shifts), limits.max_gene_shifts, "gene_shifts")
@@ -69,25 +77,29 @@ class Perturbations:
             n_furthest=asked.top_gene_shifts,
             head=asked.head or "",
         )
-        cells = intake.cells(asked.cells)
-        intake.check_tokens(sum(len(cell.tokens) for cell in cells) * (1 + len(edits)))
+        read = question.read_cells()
+        intake.check_tokens(read.n_tokens * (1 + len(edits)))
         return PerturbationPlan(
-            asked=asked, cells=cells, edits=edits, comparison=comparison, classes=head.classes if head else ()
+            asked=asked, cells=read.cells, edits=edits, comparison=comparison, classes=head.classes if head else ()
         )
 
-    def render(self, plan: PerturbationPlan, answers: Sequence[Sequence[EditAnswer]], timings: Timings) -> bytes:
-        """JSON of PerturbationsAnswered."""
-        answered = PerturbationsAnswered(
+    def render(
+        self, plan: PerturbationPlan, answers: Sequence[Sequence[EditAnswer]], timings: Timings, wanted: str = JSON_TYPE
+    ) -> bytes:
+        """JSON of PerturbationsAnswered, or the same as an Arrow stream (`arrow_shifts`)."""
+        facts = PerturbationsFacts(
             provenance=self.intake.info.provenance,
             layer=plan.asked.layer,
             measure=plan.asked.measure,
-            cells=[
-                PerturbedCell(**cell.facts.fields, edits=[self._edited(plan, *one) for one in enumerate(of_cell)])
-                for cell, of_cell in zip(plan.cells, answers, strict=True)
-            ],
             timings_ms=timings,
         )
-        return answered.model_dump_json().encode()
+        cells = [
+            PerturbedCell(**cell.facts.fields, edits=[self._edited(plan, *one) for one in enumerate(of_cell)])
+            for cell, of_cell in zip(plan.cells, answers, strict=True)
+        ]
+        if wanted == ARROW_TYPE:
+            return render_arrow(facts, cells)
+        return PerturbationsAnswered(**dict(facts), cells=cells).model_dump_json().encode()
 
     def _edit(self, edit: EditAsked, where: str) -> EditRequest:
         self.intake.check_number(len(edit.genes), self.intake.limits.max_genes_per_edit, f"{where}.genes")
@@ -103,7 +115,7 @@ class Perturbations:
         except InputError as error:
             raise type(error)(error.what, where=error.where or where, fix=error.fix) from None
 
-    def _states(self, asked: PerturbationsAsked) -> np.ndarray | None:
+    def _states(self, asked: PerturbationsOptions) -> np.ndarray | None:
         """(s, d) float64: the states in the order given, then the goal; None without any."""
         self.intake.check_number(len(asked.states), self.intake.limits.max_states, "states")
         names = [state.name for state in asked.states]
@@ -112,12 +124,18 @@ class Perturbations:
                 raise InputError(
                     f"two states are called '{state.name}'.", where=f"states[{at}].name", fix="Give each its own name."
                 )
-            self._check_vector(state.vector, f"the state '{state.name}'", f"states[{at}].vector")
-        vectors = [state.vector for state in asked.states]
+        vectors = [self._vector(asked, state, f"states[{at}]") for at, state in enumerate(asked.states)]
         if asked.goal is not None:
             self._check_vector(asked.goal, "the goal", "goal")
             vectors.append(asked.goal)
         return np.asarray(vectors, dtype=np.float64) if vectors else None
+
+    def _vector(self, asked: PerturbationsOptions, state: StateAsked, where: str) -> Sequence[float] | np.ndarray:
+        if state.vector is None:
+            pooling: Pooling = "cls" if asked.measure == "cls" else "mean_genes"
+            return named_vector(self.published, state.name, asked.layer, pooling, f"{where}.name")
+        self._check_vector(state.vector, f"the state '{state.name}'", f"{where}.vector")
+        return state.vector
 
     def _check_vector(self, vector: Sequence[float], what: str, where: str) -> None:
         width = self.intake.info.encoder.width

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from genescale.platform.errors import (
+    ConflictError,
     DeadlineError,
     ForbiddenError,
     GenescaleError,
@@ -28,6 +29,7 @@ from genescale.platform.errors import (
 # From the most special class to the most general: the first that fits decides.
 STATUS_OF: tuple[tuple[type[GenescaleError], int], ...] = (
     (LimitError, 413),
+    (ConflictError, 409),
     (UnauthorizedError, 401),
     (ForbiddenError, 403),
     (OverloadedError, 429),

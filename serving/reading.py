@@ -31,7 +31,7 @@ def read_body(kind: type[Asked], body: bytes, *, max_keys: int) -> Asked:
     try:
         return kind.model_validate(_parse(body, max_keys))
     except ValidationError as error:
-        raise _does_not_fit(error) from None
+        raise does_not_fit(error) from None
 
 
 def _parse(body: bytes, max_keys: int) -> Any:
@@ -57,7 +57,8 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a number in JSON")
 
 
-def _does_not_fit(error: ValidationError) -> RefusedError:
+def does_not_fit(error: ValidationError) -> RefusedError:
+    """The refusal (422) of what does not fit a schema: the first problems, each with its place."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
     problems = [{"where": _place(one["loc"]), "message": one["msg"]} for one in found[:MOST_PROBLEMS]]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

@@ -29,6 +29,18 @@ class Release:
     """`models:/NAME/VERSION`, or the folder or `s3://…` address that was given."""
     folder: str
     """Verified local copy on the machine that resolved it."""
+    alias: str = ""
+    """The alias it was found under; empty for a version, a folder or an address."""
+
+    @property
+    def key(self) -> str:
+        """Tells releases apart: the same bytes registered twice are two."""
+        return f"{self.name}/{self.version}/{self.digest}"
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether it came from the registry, which knows more versions of it."""
+        return self.address.startswith(REGISTRY)
 
     def open(self, settings: Settings, cache: Path) -> Bundle:
         """The bundle on this machine: the local copy where it is, else fetched into `cache`.
@@ -68,6 +80,7 @@ def resolve(model: str | Path | Bundle, settings: Settings, cache: Path) -> Rele
         digest=registered.digest,
         address=registered.reference,
         folder=str(bundle.folder),
+        alias=address.removeprefix(REGISTRY).partition("@")[2],
     )
 
 

@@ -17,16 +17,22 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from genescale.serving.access.scopes import OPEN_PATHS
-from genescale.serving.media import JSON_ONLY, sent_form
+from genescale.serving.described import describe_headers, file_parameters
+from genescale.serving.media import JSON_ONLY, JSON_OR_ARROW, sent_form, wanted_form
+from genescale.serving.models.documented import describe_model_choice
+from genescale.serving.models.state import MODEL_PARAMETER
 from genescale.serving.problems import JSON_TYPE
+from genescale.serving.questions import Sent
 from genescale.serving.schemas import ErrorAnswered
 
 REFUSALS: dict[int, str] = {
     400: "The body is not what it is declared as: strict JSON, or an Arrow stream.",
     401: "No key, or a wrong one.",
     403: "The key has not the scope that this needs.",
+    404: "There is no model, or nothing else, of that name here.",
     406: "The answer does not come in a form that `Accept` names.",
     408: "The body took too long to arrive.",
+    409: "It does not go with what is under way, or was asked before.",
     413: "More than a limit allows; `/v1/info` lists the limits.",
     415: "The body is declared as something that is not read here.",
     422: "The request does not fit the schema, or a gene is unknown.",
@@ -36,7 +42,9 @@ REFUSALS: dict[int, str] = {
     504: "The answer took too long.",
 }
 PROBES, FACTS = (500, 503), (401, 403, 429, 500)
-QUESTIONS = tuple(status for status in REFUSALS if status != HTTPStatus.NOT_ACCEPTABLE)
+# A caller may name a deadline with every question: one that is no number, and one that passed.
+OF_DEADLINES = (422, 504)
+QUESTIONS = tuple(status for status in REFUSALS if status not in (HTTPStatus.NOT_ACCEPTABLE, HTTPStatus.CONFLICT))
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -50,6 +58,8 @@ class Route:
     answered: type[BaseModel]
     asked: type[BaseModel] | None = None
     """What a body is, None where none is read."""
+    options: type[BaseModel] | None = None
+    """What the query parameters of a body without options (an h5ad file) are; None where none is read."""
     refusals: Sequence[int] = QUESTIONS
     status: int = 200
     """Of an answer that is no refusal."""
@@ -65,12 +75,16 @@ def add_route(app: FastAPI, route: Route) -> None:
     """Make the application answer at the route's address."""
     binary = {"schema": {"type": "string", "format": "binary"}}
     refusals = {*route.refusals, *([HTTPStatus.NOT_ACCEPTABLE] if len(route.given) > 1 else [])}
+    if route.path not in OPEN_PATHS:
+        refusals |= set(OF_DEADLINES)
     responses: dict[int | str, dict[str, Any]] = {}
     if others := [kind for kind in route.given if kind != JSON_TYPE]:
         responses[route.status] = {"content": dict.fromkeys(others, binary)}
     for status in sorted(refusals):
         responses[int(status)] = {"model": ErrorAnswered, "description": REFUSALS[status]}
     extra = dict(route.extra)
+    if route.options is not None:
+        extra["parameters"] = [*extra.get("parameters", []), *file_parameters(route.options)]
     if route.asked is not None:
         schema = {"schema": {"$ref": f"#/components/schemas/{route.asked.__name__}"}}
         content = {kind: schema if kind == JSON_TYPE else binary for kind in route.sent}
@@ -102,7 +116,25 @@ def openapi_of(app: FastAPI, routes: Sequence[Route], *, about: str) -> dict[str
         for operation in operations.values():
             # Either a key or none: whether a service wants one is its configuration.
             operation["security"] = [] if path in OPEN_PATHS else [{"key": []}, {}]
+    describe_model_choice(document)
+    describe_headers(document)
     return document
+
+
+async def sent_by(request: Request, readable: Sequence[str]) -> Sent:
+    """What a request brings, in one of the forms that are `readable`; 415 for another one."""
+    form = sent_form(request.headers.get("content-type", ""), readable)
+    # Which model is asked is no option of the question.
+    parameters = [pair for pair in request.query_params.multi_items() if pair[0] != MODEL_PARAMETER]
+    return Sent(body=await request.body(), form=form, parameters=parameters)
+
+
+async def answer_in_form(
+    request: Request, answer: Callable[[Sent, str], Awaitable[bytes]], readable: Sequence[str]
+) -> Response:
+    """The answer to a question of cells, in the form that `Accept` prefers; 406 for none that there is."""
+    wanted = wanted_form(request.headers.get("accept", ""), JSON_OR_ARROW)
+    return Response(await answer(await sent_by(request, readable), wanted), media_type=wanted)
 
 
 async def json_body(request: Request) -> bytes:

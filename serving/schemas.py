@@ -99,14 +99,19 @@ class EmbeddingsAsked(EmbeddingOptions):
     cells: Cells
 
 
-class ClassifyAsked(Asked):
-    """Cells, or genes in the context of cells, to answer with the heads of a fine-tuned model."""
+class ClassifyOptions(Asked):
+    """What to ask the heads of: all of it that is no cell."""
 
-    cells: Cells
     genes: list[GeneName] = Field(
         [],
         description="Gene heads only: the genes that are wanted. Empty means every gene of the cells, up to a limit.",
     )
+
+
+class ClassifyAsked(ClassifyOptions):
+    """Cells, or genes in the context of cells, to answer with the heads of a fine-tuned model."""
+
+    cells: Cells
 
 
 class ModelFacts(Answered):
@@ -170,6 +175,19 @@ class Merged(Answered):
     names: list[str]
 
 
+class FileFacts(Answered):
+    """The file that the cells of a request came in, and how it was read."""
+
+    cells: int = Field(description="Of the whole file.")
+    offset: int = Field(description="Number of the first cell that was read; 0 is the first of the file.")
+    counts_slot: str = Field(description="Where the raw counts stand: X, raw.X or layers/NAME.")
+    counts_reason: str = Field(description="Why they are taken for raw counts.")
+    gene_column: str = Field(description="Column of the gene table that names the genes.")
+    genes: int = Field(description="Gene columns of the file.")
+    genes_known: int = Field(description="Of these, columns of genes that the model knows.")
+    notes: list[str] = Field(description="What was decided or mended while reading.")
+
+
 class CellFacts(Answered):
     """What became of one cell."""
 
@@ -203,6 +221,7 @@ class EmbeddingsFacts(Answered):
     layer: Layer
     output: Output
     pooling: Pooling | None = Field(description="Null for the output `genes`.")
+    file: FileFacts | None = Field(description="Of cells that came in a file; null otherwise.")
     timings_ms: Timings
 
 
@@ -245,14 +264,20 @@ class ClassifiedGene(Answered):
     spread: dict[str, float] = Field(description="Standard deviation of each probability over those cells.")
 
 
-class ClassifyAnswered(Answered):
-    """Answers of the heads, in the order of the request."""
+class ClassifyFacts(Answered):
+    """What an answer says of all its cells."""
 
     provenance: Provenance
     heads: list[HeadFacts]
+    file: FileFacts | None = Field(description="Of cells that came in a file; null otherwise.")
+    timings_ms: Timings
+
+
+class ClassifyAnswered(ClassifyFacts):
+    """Answers of the heads, in the order of the request."""
+
     cells: list[ClassifiedCell]
     genes: list[ClassifiedGene]
-    timings_ms: Timings
 
 
 class EncoderFacts(Answered):
@@ -282,17 +307,30 @@ class ReferenceFacts(Answered):
     )
 
 
+class StateFacts(Answered):
+    """A published state: the mean embedding of cells, which a request names instead of sending it."""
+
+    name: str
+    layer: Layer
+    pooling: Pooling
+    cells: int | None = Field(description="Cells that it is the mean of; null when unknown.")
+
+
 class InfoAnswered(Answered):
     """What runs here, and what it allows."""
 
     service: str
     build: str
+    models: dict[str, ModelFacts] = Field(
+        {}, description="What answers under each name (`?model=NAME`), the default first; `/v1/models` says more."
+    )
     provenance: Provenance
     encoder: EncoderFacts
     heads: list[HeadFacts] = Field(description="What /v1/classify answers; empty for a model without a head.")
     reference: ReferenceFacts | None = Field(
         None, description="Where /v1/neighbors looks; null for a service without a reference."
     )
+    states: list[StateFacts] = Field([], description="States that /v1/perturbations knows by name.")
     lineage: dict[str, str | int | float | None]
     choices: dict[str, list[str]]
     limits: dict[str, float]

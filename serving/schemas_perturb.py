@@ -52,18 +52,19 @@ class EditAsked(Asked):
 
 
 class StateAsked(Asked):
-    """A state, such as healthy, as the mean embedding of its cells."""
+    """A state, such as healthy, as the mean embedding of its cells: one that is given, or a published one."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    vector: Annotated[list[float], Field(fail_fast=True)] = Field(
-        description="Of the same model and layer; a mean over genes, or of <cls> for the measure `cls`."
+    vector: Annotated[list[float], Field(fail_fast=True)] | None = Field(
+        None,
+        description="Of the same model and layer; a mean over genes, or of <cls> for the measure `cls`. Without it the "
+        "published state of this name is taken (`/v1/info` lists them).",
     )
 
 
-class PerturbationsAsked(Asked):
-    """Cells, and edits to try on each of them."""
+class PerturbationsOptions(Asked):
+    """What to try on the cells of a request: all of it that is no cell."""
 
-    cells: Cells
     edits: Annotated[list[EditAsked], Field(min_length=1)]
     layer: Layer = "second_to_last"
     measure: Measure = Field(
@@ -83,6 +84,12 @@ class PerturbationsAsked(Asked):
     top_gene_shifts: Annotated[int, Field(ge=0)] = Field(
         0, description="How many of the genes that moved furthest are wanted for each edit."
     )
+
+
+class PerturbationsAsked(PerturbationsOptions):
+    """Cells, and edits to try on each of them."""
+
+    cells: Cells
 
 
 class FoundGene(Answered):
@@ -140,11 +147,16 @@ class PerturbedCell(CellFacts):
     edits: list[EditAnswered]
 
 
-class PerturbationsAnswered(Answered):
-    """Edits of each cell, in the order of the request."""
+class PerturbationsFacts(Answered):
+    """What an answer says of all its cells."""
 
     provenance: Provenance
     layer: Layer
     measure: Measure
-    cells: list[PerturbedCell]
     timings_ms: Timings
+
+
+class PerturbationsAnswered(PerturbationsFacts):
+    """Edits of each cell, in the order of the request."""
+
+    cells: list[PerturbedCell]

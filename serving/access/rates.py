@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from genescale.platform.errors import RateLimitedError
 from genescale.serving.access.keys import ApiKey
 from genescale.serving.problems import Problem, RefusedError, retry_headers
+from genescale.serving.watching.noted import note_size
 
 Clock = Callable[[], float]
 SECONDS_PER_MINUTE = 60.0
@@ -93,8 +94,25 @@ def paid_by(rates: Rates, key: ApiKey | None) -> Iterator[None]:
         _PAY.reset(token)
 
 
+@contextlib.contextmanager
+def free_of_charge() -> Iterator[None]:
+    """What is planned inside the block goes through the model some other time, and is on nobody."""
+    token = _PAY.set(_nothing)
+    try:
+        yield
+    finally:
+        _PAY.reset(token)
+
+
 def charge(n_tokens: int) -> None:
     """Count what the request of this task will cost; RefusedError with the status 429 when its key has too little."""
     pay = _PAY.get()
+    if pay is _nothing:
+        return
     if pay is not None:
         pay(n_tokens)
+    note_size(tokens=n_tokens)
+
+
+def _nothing(n_tokens: int) -> None:
+    """What those pay who pay nothing."""

@@ -9,6 +9,8 @@ with GenescaleClient("http://127.0.0.1:8000", api_key=key) as client:
 
 from genescale.client.asynchronous import AsyncGenescaleClient as AsyncGenescaleClient
 from genescale.client.cells import Cell as Cell
+from genescale.client.jobs import Job as Job
+from genescale.client.jobs import JobsPage as JobsPage
 from genescale.client.progress_bar import ProgressBar as ProgressBar
 from genescale.client.records import CellGenes as CellGenes
 from genescale.client.records import CellReport as CellReport

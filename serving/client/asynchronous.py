@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import random
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
 
-from genescale.client import questions
+from genescale.client import jobs, questions
 from genescale.client.arrow_bodies import Bodies, check_bodies, embeddings_asked, gene_embeddings_asked
 from genescale.client.cells import Cell, Vector
 from genescale.client.connection import READY, Connection, address_of, request_of, secret
+from genescale.client.jobs import Download, Job, JobsPage
 from genescale.client.objects import OBSM_KEY, check_writable, write_embeddings
 from genescale.client.questions import LAYER, POOLING, Answer, Edit, Question
 from genescale.client.records import (
@@ -34,6 +38,7 @@ from genescale.platform.settings import Secret
 class AsyncGenescaleClient:
     """Questions to one service, from one event loop.
 
+    `model` names one of several models of the service; its first one is asked without it.
     `timeout_s` bounds one try; `attempts` counts tries of a question that met a busy or restarting service. Raises
     the classes of `genescale.platform.errors` that the service named, ServiceError when it cannot be reached.
     `bodies` says how embeddings travel: as `json`, as `arrow` (needs pyarrow), or `auto`: those of `embed` and
@@ -46,14 +51,16 @@ class AsyncGenescaleClient:
         base_url: str,
         api_key: str | Secret | None = None,
         *,
+        model: str = "",
         timeout_s: float = 90.0,
         attempts: int = Retries.attempts,
         bodies: Bodies = "auto",
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        connection = Connection(base_url=base_url, api_key=secret(api_key), timeout_s=timeout_s)
+        connection = Connection(base_url=base_url, api_key=secret(api_key), timeout_s=timeout_s, model=model)
         self._http = httpx.AsyncClient(**connection.options(), transport=transport)
+        self._storage = httpx.AsyncClient(timeout=timeout_s, transport=transport)
         self._retries, self._sleep = Retries(attempts=attempts), sleep
         check_bodies(bodies)
         self._bodies: Bodies = bodies
@@ -122,21 +129,27 @@ class AsyncGenescaleClient:
         head: str | None = None,
         gene_shifts: Sequence[str] = (),
         top_gene_shifts: int = 0,
+        progress: OnProgress | None = None,
     ) -> PerturbationsAnswer:
-        """Each edit tried on each cell, in order; arguments as GenescaleClient.perturbations."""
-        return await self.ask(
-            questions.perturbations(
-                cells,
-                edits,
-                layer=layer,
-                measure=measure,
-                states=states,
-                goal=goal,
-                head=head,
-                gene_shifts=gene_shifts,
-                top_gene_shifts=top_gene_shifts,
-            )
+        """Each edit tried on each cell, in order; arguments and large questions as GenescaleClient.perturbations."""
+        question = questions.perturbations(
+            cells,
+            edits,
+            layer=layer,
+            measure=measure,
+            states=states,
+            goal=goal,
+            head=head,
+            gene_shifts=gene_shifts,
+            top_gene_shifts=top_gene_shifts,
         )
+        answer = await self.ask(jobs.or_job(question))
+        if not isinstance(answer, Job):
+            return answer
+        await self.wait_for_job(answer.id, progress=progress)
+        whole = io.BytesIO()
+        await self._download(Download(answer.id, jobs.ANSWER_FILE, whole))
+        return questions.perturbations_of(whole.getvalue())
 
     async def classify(self, cells: Sequence[Cell], *, genes: Sequence[str] = ()) -> ClassifyAnswer:
         """What the heads of a fine-tuned model say of cells, or of genes (none named: all genes of the cells)."""
@@ -147,6 +160,42 @@ class AsyncGenescaleClient:
     ) -> NeighborsAnswer:
         """The `k` nearest cells of the service's reference for each cell, with labels of `columns` (all when None)."""
         return await self.ask(questions.neighbors(cells, k=k, columns=columns))
+
+    async def submit_job(self, job: Mapping[str, Any], *, idempotency_key: str | None = None) -> Job:
+        """Begin a job; arguments as GenescaleClient.submit_job."""
+        return await self.ask(jobs.asked(job, idempotency_key))
+
+    async def job(self, job_id: str) -> Job:
+        """A job as it stands."""
+        return await self.ask(jobs.looked_at(job_id))
+
+    async def jobs(self, *, limit: int = 20, before: str | None = None) -> JobsPage:
+        """Jobs of this key, the newest first; `before` is `next` of the page before."""
+        return await self.ask(jobs.listed(limit, before))
+
+    async def cancel_job(self, job_id: str) -> Job:
+        """Ask for the end of a job; nothing happens to one that is over."""
+        return await self.ask(jobs.cancelled(job_id))
+
+    async def wait_for_job(
+        self, job_id: str, *, timeout_s: float | None = None, progress: OnProgress | None = None
+    ) -> Job:
+        """The job once it succeeded; raises what it failed with, DeadlineError when it takes longer than `timeout_s`.
+
+        `progress` is called with what is done and all there is, as soon as that is known.
+        """
+        waiting = jobs.Waiting(job_id, timeout_s, time.monotonic())
+        while not (job := await self.job(job_id)).over:
+            if progress is not None and job.total:
+                progress(job.done, job.total)
+            await self._sleep(waiting.pause_s(time.monotonic()))
+        return job.check()
+
+    async def job_result(self, job_id: str, to: str | Path, *, file: str = "") -> Path:
+        """Write a file of a job's result, the main one without a name, to the local path `to`; returns it."""
+        with jobs.whole_file(to) as into:
+            await self._download(Download(job_id, file, into))
+        return Path(to)
 
     async def info(self) -> dict[str, Any]:
         """Model, vocabulary, corpus, choices and limits of the service."""
@@ -161,11 +210,14 @@ class AsyncGenescaleClient:
 
     async def ask(self, question: Question[Answer]) -> Answer:
         """The answer to a question, tried again while the service is busy or restarting."""
+        return await self._ask(self._http, question)
+
+    async def _ask(self, http: httpx.AsyncClient, question: Question[Answer]) -> Answer:
         attempt = 0
         while True:
             attempt += 1
-            outcome = await self._outcome(question)
-            where = address_of(self._http, question)
+            outcome = await self._outcome(http, question)
+            where = address_of(http, question)
             wait_s = self._retries.wait_s(outcome, attempt, where=where, jitter=self._jitter)
             if isinstance(outcome, httpx.Response) and wait_s is None:
                 # A large answer takes a while to read; the loop has other work.
@@ -175,6 +227,7 @@ class AsyncGenescaleClient:
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
+        await self._storage.aclose()
 
     async def __aenter__(self) -> AsyncGenescaleClient:
         return self
@@ -189,8 +242,16 @@ class AsyncGenescaleClient:
         await run_on_loop(run, self.ask, at_once)
         return run.result()
 
-    async def _outcome(self, question: Question[Answer]) -> Outcome:
+    async def _download(self, download: Download) -> None:
+        while not download.done:
+            piece = await self._ask(self._http, download.question())
+            if piece.link:
+                # Storage is asked without the key, which is none of its business.
+                piece = await self._ask(self._storage, download.behind(piece.link))
+            download.take(piece)
+
+    async def _outcome(self, http: httpx.AsyncClient, question: Question[Answer]) -> Outcome:
         try:
-            return await self._http.send(request_of(self._http, question))
+            return await http.send(request_of(http, question))
         except httpx.RequestError as error:
             return error

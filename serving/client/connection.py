@@ -23,6 +23,8 @@ class Connection:
     base_url: str
     api_key: Secret | None
     timeout_s: float
+    model: str = ""
+    """Name of the model that is asked; empty for the service's first one."""
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
@@ -38,7 +40,8 @@ class Connection:
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key.reveal()}"
         timeout = httpx.Timeout(self.timeout_s, connect=min(self.timeout_s, LONGEST_CONNECT_S))
-        return {"base_url": self.base_url, "headers": headers, "timeout": timeout}
+        parameters = {"model": self.model} if self.model else None
+        return {"base_url": self.base_url, "headers": headers, "timeout": timeout, "params": parameters}
 
 
 def secret(api_key: str | Secret | None) -> Secret | None:
@@ -53,6 +56,9 @@ def request_of(http: httpx.Client | httpx.AsyncClient, question: Question[Answer
 
 def address_of(http: httpx.Client | httpx.AsyncClient, question: Question[Answer]) -> str:
     """Where a question goes, without a password that may stand in the address."""
+    if question.path.startswith(("http://", "https://")):
+        # A link to storage is a key in itself: only where it leads is told.
+        return httpx.URL(question.path).host
     url = http.base_url
     return f"{url.scheme}://{url.netloc.decode('ascii')}{url.path.rstrip('/')}{question.path}"
 

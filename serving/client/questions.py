@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -83,6 +84,11 @@ def perturbations(
     if head is not None:
         body["head"] = head
     return posted("/v1/perturbations", body, perturbations_answer)
+
+
+def perturbations_of(content: bytes) -> PerturbationsAnswer:
+    """The answer to a question for perturbations as a job wrote it down; ServiceError for anything else."""
+    return understood(lambda: perturbations_answer(json.loads(content)), "/v1/perturbations")
 
 
 def classify(cells: Sequence[Cell], *, genes: Sequence[str]) -> Question[ClassifyAnswer]:

@@ -39,7 +39,7 @@ class Retries:
         """
         if isinstance(outcome, httpx.RequestError):
             return self._after_no_response(outcome, attempt, where, jitter)
-        if outcome.is_success:
+        if outcome.is_success or outcome.has_redirect_location:
             return None
         asked_s = asked_wait_s(outcome)
         if attempt >= self.attempts or not worth_another_try(outcome):

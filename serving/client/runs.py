@@ -8,9 +8,10 @@ Axis suffixes: `n` cells, `d` width.
 from __future__ import annotations
 
 import re
+import secrets
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -123,6 +124,7 @@ class EmbeddingRun:
         self._cropped_n = np.zeros(n, dtype=bool)
         self._why: dict[int, str] = {}
         self._model: Model | None = None
+        self._id = secrets.token_hex(16)
         self._done, self._requests, self._ms = 0, 0, np.zeros(3)
         budget = Budget.of(info)
         self._tokens_n, self._tokens_allowed = budget.tokens_of(source), budget.tokens
@@ -147,8 +149,12 @@ class EmbeddingRun:
         """What is asked of the cells at these positions."""
         flat = self.source.flat(batch) if self._arrow else None
         if flat is not None:
-            return arrow_bodies.embeddings(flat, layer=self.layer, pooling=self.pooling)
-        return questions.embeddings(self.source.cells(batch), layer=self.layer, pooling=self.pooling)
+            question = arrow_bodies.embeddings(flat, layer=self.layer, pooling=self.pooling)
+        else:
+            question = questions.embeddings(self.source.cells(batch), layer=self.layer, pooling=self.pooling)
+        # Requests of one run are kept together when the service tries a candidate on a share of all requests.
+        name = f"{self._id}:{int(batch[0])}" if len(batch) else self._id
+        return replace(question, headers={**question.headers, "X-Request-ID": name})
 
     def settle(self, batch: Whole, outcome: EmbeddingsAnswer | GenescaleError) -> None:
         """Keep an answer, or see what is to be sent in place of what was refused; raises what nothing helps."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,24 @@ import numpy as np
 from genescale.platform.errors import GenescaleError, InputError, LimitError, did_you_mean
 from genescale.serving.answers import Answers
 from genescale.serving.cells import PreparedCell
+from genescale.serving.media import ARROW_TYPE
+from genescale.serving.neighbours.arrow_neighbors import render_arrow
 from genescale.serving.neighbours.contract import (
     LabelVote,
     Neighbor,
     NeighborsAnswered,
     NeighborsAsked,
     NeighborsCell,
+    NeighborsFacts,
+    NeighborsOptions,
     NeighborsTimings,
 )
 from genescale.serving.neighbours.reference import Nearest, Reference
-from genescale.serving.schemas import CellFacts
+from genescale.serving.neighbours.viewing import ReferenceView
+from genescale.serving.problems import JSON_TYPE
+from genescale.serving.questions import Sent, planned, read_question
+from genescale.serving.schemas import FileFacts
+from genescale.serving.watching.noted import note_phases
 
 CELLS_PER_TURN = 8
 
@@ -40,6 +49,7 @@ class _Plan:
     k: int
     columns: tuple[str, ...]
     cells: list[PreparedCell]
+    file: FileFacts | None
 
 
 class NeighborAnswers:
@@ -48,11 +58,12 @@ class NeighborAnswers:
     def __init__(self, answers: Answers, reference: Reference) -> None:
         self.answers, self.reference = answers, reference
         self._lane = ThreadPoolExecutor(max_workers=1, thread_name_prefix="genescale-neighbours")
+        self.view = ReferenceView(reference)
 
-    async def neighbors(self, body: bytes) -> bytes:
-        """JSON of NeighborsAnswered for JSON of NeighborsAsked; raises InputError and ServiceError."""
+    async def neighbors(self, sent: Sent, wanted: str = JSON_TYPE) -> bytes:
+        """The nearest cells of the reference, in the form `wanted`; raises InputError and ServiceError."""
         began = time.perf_counter()
-        plan = await asyncio.to_thread(self._plan, body)
+        plan = await planned(self._plan, sent)
         parsed = time.perf_counter()
         known = self.reference.manifest
         outcome = await self.answers.model.embed([cell.tokens for cell in plan.cells], known.layer, known.pooling)
@@ -66,10 +77,12 @@ class NeighborAnswers:
             forward=_ms(outcome.forward_s),
             search=_ms(searched - embedded),
         )
-        return await asyncio.to_thread(self._render, plan, found, timings)
+        note_phases({name: ms / 1000 for name, ms in timings.model_dump().items()})
+        return await asyncio.to_thread(self._render, plan, found, timings, wanted)
 
-    def _plan(self, body: bytes) -> _Plan:
-        asked = self.answers.intake.read(NeighborsAsked, body)
+    def _plan(self, sent: Sent) -> _Plan:
+        question = read_question(self.answers.intake, sent, NeighborsAsked, NeighborsOptions)
+        asked = question.options
         limit = self.reference.manifest.max_neighbors
         if asked.k > limit:
             raise LimitError(
@@ -77,7 +90,8 @@ class NeighborAnswers:
                 where="k",
                 fix="Ask for fewer.",
             )
-        return _Plan(k=asked.k, columns=self._columns(asked.columns), cells=self.answers.read_cells(asked.cells))
+        columns, read = self._columns(asked.columns), self.answers.read_cells(question)
+        return _Plan(k=asked.k, columns=columns, cells=read.cells, file=read.file)
 
     def _columns(self, asked: Sequence[str] | None) -> tuple[str, ...]:
         known = self.reference.manifest.columns
@@ -94,46 +108,60 @@ class NeighborAnswers:
         turns = [vectors_qd[at : at + CELLS_PER_TURN] for at in range(0, len(vectors_qd), CELLS_PER_TURN)]
         return [await loop.run_in_executor(self._lane, self.reference.nearest, turn, k) for turn in turns]
 
-    def _render(self, plan: _Plan, found: Sequence[Nearest], timings: NeighborsTimings) -> bytes:
+    def _render(self, plan: _Plan, found: Sequence[Nearest], timings: NeighborsTimings, wanted: str) -> bytes:
         rows_qk = np.concatenate([one.rows_qk for one in found])
         distances = [row for one in found for row in one.distances_qk.tolist()]
         unlike = [score for one in found for score in one.out_of_distribution_q.tolist()]
         known = self.reference.cells(rows_qk)
-        answered = NeighborsAnswered(
+        places = self.reference.places(rows_qk)
+        own = [place for one in found for place in one.places]
+        facts = NeighborsFacts(
             provenance=self.answers.info.provenance,
             reference=self.reference.facts,
             k=plan.k,
-            cells=[
-                _cell(cell.facts, plan.columns, known[at * plan.k : (at + 1) * plan.k], distances[at], unlike[at])
-                for at, cell in enumerate(plan.cells)
-            ],
+            file=plan.file,
             timings_ms=timings,
         )
-        return answered.model_dump_json().encode()
+        cells = [
+            NeighborsCell(
+                **cell.facts.fields,
+                **_company(known[part], places[part], distances[at], plan.columns),
+                out_of_distribution=unlike[at],
+                place=own[at],
+            )
+            for at, (cell, part) in enumerate(zip(plan.cells, _parts(plan.k), strict=False))
+        ]
+        if wanted == ARROW_TYPE:
+            return render_arrow(facts, plan.cells, cells, plan.columns)
+        return NeighborsAnswered(**dict(facts), cells=cells).model_dump_json().encode()
 
 
-def _cell(
-    facts: CellFacts,
-    columns: Sequence[str],
+def _parts(k: int) -> Iterator[slice]:
+    """The neighbours of the first cell, of the second, and so on."""
+    return (slice(start, start + k) for start in count(0, k))
+
+
+def _company(
     known: Sequence[dict[str, Any]],
+    places: Sequence[list[float] | None],
     distances: Sequence[float],
-    out_of_distribution: float,
-) -> NeighborsCell:
+    columns: Sequence[str],
+) -> dict[str, Any]:
+    """A cell's neighbours, and what their labels say together."""
     neighbors = [
         Neighbor(
             id=one["cell_id"],
             dataset=one["dataset_id"],
             distance=distance,
             labels={column: one[column] for column in columns},
+            place=place,
         )
-        for one, distance in zip(known, distances, strict=True)
+        for one, place, distance in zip(known, places, distances, strict=True)
     ]
-    return NeighborsCell(
-        **facts.fields,
-        neighbors=neighbors,
-        votes={column: votes([one.labels[column] for one in neighbors]) for column in columns},
-        out_of_distribution=out_of_distribution,
-    )
+    return {
+        "neighbors": neighbors,
+        "votes": {column: votes([one.labels[column] for one in neighbors]) for column in columns},
+    }
 
 
 def votes(labels: Sequence[str | None]) -> list[LabelVote]:

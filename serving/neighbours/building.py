@@ -21,15 +21,19 @@ from genescale.platform.bundle import Bundle
 from genescale.platform.errors import CorpusError, InputError, IntegrityError, SettingsError
 from genescale.platform.progress import SILENT, Progress
 from genescale.platform.storage import Store
+from genescale.serving.neighbours.examples import example_rows, write_examples
 from genescale.serving.neighbours.index_folder import (
     CELLS,
+    EXAMPLES,
     GEOMETRY,
+    MAP,
     VECTORS,
     IndexManifest,
     file_digests,
     publish,
     refuse_finished,
 )
+from genescale.serving.neighbours.layout import laid_out, write_places
 from genescale.serving.neighbours.reference import DISTANCES, ID_COLUMNS, MEAN
 from genescale.serving.neighbours.spread import group_codes, most_neighbors, reference_distances, sample
 from genescale.serving.neighbours.vectors import Search, VectorIndex, unit_vectors
@@ -64,6 +68,10 @@ class IndexConfig:
     """Column, such as donor_id: distances between reference cells are taken to cells with another value only."""
     sampled: int = 2_000
     """Reference cells whose distances to their neighbours are measured."""
+    map_cells: int = 20_000
+    """Cells that are laid out in two dimensions; further ones are placed among them. 0 makes no map."""
+    examples: int = 3
+    """Cells of each label of the first column whose genes are published as examples; 0 publishes none."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,7 +79,7 @@ class IndexConfig:
             raise SettingsError(
                 f"'{self.search}' is not a search.", where="search", fix=f"Use auto, {' or '.join(SEARCHES)}."
             )
-        for name, least in (("max_cells", 0), ("sampled", 1), ("seed", 0)):
+        for name, least in (("max_cells", 0), ("sampled", 1), ("map_cells", 0), ("examples", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{getattr(self, name)} is too small.", where=name, fix=f"Use {least} or more.")
         for name in ID_COLUMNS:
@@ -122,6 +130,7 @@ def build_index(
     with tempfile.TemporaryDirectory(prefix="genescale-index-") as scratch:
         folder = Path(scratch)
         sampled = _write_files(folder, cells, vectors_nd, search, config)
+        _write_examples(folder, cells, corpus, config)
         manifest = IndexManifest(
             bundle_digest=bundle.digest,
             vocabulary_digest=bundle.vocabulary.digest,
@@ -195,7 +204,18 @@ def _write_files(folder: Path, cells: _Cells, vectors_nd: np.ndarray, search: Se
     index.write(folder / VECTORS)
     pq.write_table(cells.table, folder / CELLS, compression="zstd", write_page_checksum=True)
     safetensors.numpy.save_file({MEAN: mean_d, DISTANCES: distances_ks}, folder / GEOMETRY)
+    places_n2 = laid_out(index, config.map_cells, config.seed)
+    if places_n2 is not None:
+        write_places(folder / MAP, places_n2)
     return len(sampled_s)
+
+
+def _write_examples(folder: Path, cells: _Cells, corpus: Corpus, config: IndexConfig) -> None:
+    if not config.examples:
+        return
+    labels = cells.table.column(config.columns[0]) if config.columns else None
+    rows_e = example_rows(labels, len(cells.index_n), config.examples, config.seed)
+    write_examples(folder / EXAMPLES, rows_e, corpus.tokens(cells.index_n[rows_e].tolist()))
 
 
 def _stored(uri: str, store: Store, bundle: Bundle, corpus: Corpus, config: IndexConfig) -> tuple[str, np.ndarray]:

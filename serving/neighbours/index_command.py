@@ -16,7 +16,9 @@ examples:
 
 Cells are embedded in this process. For many of them run `genescale embed` first, which uses every processor and GPU of
 a cluster and goes on where it was cut off, and give its folder with --embeddings. Only the model that made an index can
-be served with it. The labels in --columns, cell ids and dataset ids are what the service tells its callers."""
+be served with it. The labels in --columns, cell ids and dataset ids are what the service tells its callers, and the
+genes of a few example cells (--examples 0 publishes none). UMAP lays out the map of the explorer page; its picture
+depends on --seed, answers do not."""
 
 
 def index(argv: Sequence[str]) -> int:
@@ -41,6 +43,12 @@ def index(argv: Sequence[str]) -> int:
         metavar="COLUMN",
         help="score what is unlike the reference by distances between cells that differ here, such as donor_id",
     )
+    parser.add_argument(
+        "--map-cells", type=int, default=20_000, metavar="N", help="cells laid out in two dimensions (20000; 0: no map)"
+    )
+    parser.add_argument(
+        "--examples", type=int, default=3, metavar="N", help="cells of each label published as examples (3; 0: none)"
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of drawn cells (default 0)")
     arguments, settings = begin(parser, argv)
@@ -50,8 +58,10 @@ def index(argv: Sequence[str]) -> int:
     from genescale.platform.settings import build
     from genescale.platform.storage import Store
     from genescale.serving.neighbours.building import IndexConfig, build_index
+    from genescale.serving.neighbours.index_folder import MAP
 
-    names = ("where", "max_cells", "columns", "layer", "pooling", "search", "apart", "device", "seed")
+    names = ["where", "max_cells", "columns", "layer", "pooling", "search", "apart", "map_cells", "examples"]
+    names += ["device", "seed"]
     config = build(IndexConfig, {name: getattr(arguments, name) for name in names}, where="options")
     store = Store(settings.storage)
     with opened_model(arguments.model, settings) as bundle:
@@ -70,5 +80,6 @@ def index(argv: Sequence[str]) -> int:
     print(f"cells    {made.cells:,} of corpus version {made.corpus_version}, {made.search} search")
     for name, count in report.labelled.items():
         print(f"label    {name}: {count:,} cells have one")
+    print(f"map      {'of all cells, by UMAP' if MAP in made.files else 'none'}")
     print(f"output   {report.uri} ({report.size_bytes:,} bytes, {made.digest[:12]})")
     return 0

@@ -4,6 +4,8 @@ manifest.json           what the index is of, and the digest of every other file
 vectors.faiss           centred unit vectors, row by row
 cells.parquet           cell_id, dataset_id and label columns, in the same order
 geometry.safetensors    the mean that was taken off, and distances between reference cells
+map.safetensors         if there is one: a place in two dimensions for each cell
+examples.parquet        if there are any: tokens of a few cells
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from genescale.serving.schemas import Layer, Pooling
 MANIFEST = "manifest.json"
 VECTORS, CELLS, GEOMETRY = "vectors.faiss", "cells.parquet", "geometry.safetensors"
 FILES = (VECTORS, CELLS, GEOMETRY)
+MAP, EXAMPLES = "map.safetensors", "examples.parquet"
+OPTIONAL_FILES = (MAP, EXAMPLES)
 SCHEMA_VERSION = 1
 LARGEST_MANIFEST_BYTES = 1024 * 1024
 READ_AT_ONCE = 8 * 1024 * 1024
@@ -76,15 +80,15 @@ def refuse_finished(uri: str, store: Store) -> None:
 
 def file_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the files of an index in a local folder, by name; IntegrityError when one is not there."""
-    return {name: _digest(folder / name) for name in FILES}
+    return {name: _digest(folder / name) for name in (*FILES, *_optional(folder))}
 
 
 def publish(folder: Path, manifest: IndexManifest, uri: str, store: Store) -> None:
     """Copy the files of a local folder to `uri`, and the manifest last: without it there is no index."""
     refuse_finished(uri, store)
-    for name in FILES:
+    for name in manifest.files:
         store.upload(folder / name, join(uri, name))
-    store.write(join(uri, MANIFEST), json.dumps(asdict(manifest), indent=1).encode(), if_absent=True)
+    store.write(join(uri, MANIFEST), _rendered(manifest), if_absent=True)
 
 
 def read_index_manifest(uri: str, store: Store) -> IndexManifest:
@@ -117,6 +121,10 @@ def opened_folder(uri: str, storage: StorageSettings, cache: Path) -> tuple[Path
     return folder, manifest
 
 
+def _rendered(manifest: IndexManifest) -> bytes:
+    return json.dumps(asdict(manifest), indent=1).encode()
+
+
 def _parsed(data: bytes, address: str) -> IndexManifest:
     try:
         content = json.loads(data)
@@ -130,8 +138,11 @@ def _parsed(data: bytes, address: str) -> IndexManifest:
             fix="Make it again with `genescale index`, or serve it with the release that made it.",
         )
     manifest = build(IndexManifest, content, where=address)
-    if set(manifest.files) != set(FILES):
-        raise IntegrityError(f"the manifest does not name exactly {', '.join(FILES)}.", where=address)
+    if not set(FILES) <= set(manifest.files) <= {*FILES, *OPTIONAL_FILES}:
+        raise IntegrityError(
+            f"the manifest does not name {', '.join(FILES)}, and at most {', '.join(OPTIONAL_FILES)} beside them.",
+            where=address,
+        )
     return manifest
 
 
@@ -139,7 +150,7 @@ def _is_kept(folder: Path, manifest: IndexManifest) -> bool:
     if not folder.is_dir():
         return False
     try:
-        _verify(folder, manifest.files)
+        _verify(folder, {**manifest.files, MANIFEST: hashlib.sha256(_rendered(manifest)).hexdigest()})
     except IntegrityError as error:
         get_logger(__name__).warning("a cached index is damaged and will be fetched again: %s", error)
         shutil.rmtree(folder)
@@ -152,12 +163,19 @@ def _fetch(uri: str, store: Store, folder: Path, manifest: IndexManifest) -> Non
     with disk_errors(str(folder.parent)):
         part.mkdir(parents=True)
     try:
-        for name in FILES:
+        for name in manifest.files:
             store.download(join(uri, name), part / name)
         _verify(part, manifest.files)
+        # With it the copy is an index of its own: a replica that starts again needs no object storage.
+        with disk_errors(str(part)):
+            (part / MANIFEST).write_bytes(_rendered(manifest))
         _take_place(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _optional(folder: Path) -> list[str]:
+    return [name for name in OPTIONAL_FILES if (folder / name).exists()]
 
 
 def _take_place(part: Path, folder: Path) -> None:

@@ -5,6 +5,7 @@ Axis suffixes: `q` asked cells, `d` width, `k` neighbours, `s` sampled reference
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,17 @@ from safetensors import SafetensorError
 
 from genescale.platform.errors import IntegrityError, SettingsError
 from genescale.platform.settings import Settings
-from genescale.serving.neighbours.index_folder import CELLS, GEOMETRY, VECTORS, IndexManifest, opened_folder
+from genescale.serving.neighbours.examples import read_examples
+from genescale.serving.neighbours.index_folder import (
+    CELLS,
+    EXAMPLES,
+    GEOMETRY,
+    MAP,
+    VECTORS,
+    IndexManifest,
+    opened_folder,
+)
+from genescale.serving.neighbours.layout import PLACED_BY, placed, read_places, shown
 from genescale.serving.neighbours.vectors import VectorIndex, unit_vectors
 from genescale.serving.release import Release
 from genescale.serving.schemas import CorpusFacts, ReferenceFacts
@@ -62,6 +73,15 @@ def resolve_index(address: str, release: Release, settings: Settings, cache: Pat
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Examples:
+    """A few reference cells with their genes."""
+
+    rows_e: np.ndarray
+    tokens: list[list[int]]
+    """By example, as the corpus holds them."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Nearest:
     """What was found for some cells."""
 
@@ -71,16 +91,32 @@ class Nearest:
     """float64 cosine distances."""
     out_of_distribution_q: np.ndarray
     """float64: share of reference cells that are nearer to their own k-th neighbour than this cell is to its."""
+    places_q2: np.ndarray | None = None
+    """float32: where the cells lie on the map of the reference; None without a map."""
+
+    @property
+    def places(self) -> list[list[float] | None]:
+        """Where each cell lies, as an answer says it; None for each without a map."""
+        return [None] * len(self.rows_qk) if self.places_q2 is None else shown(self.places_q2)
 
 
 class Reference:
     """An opened index; read only, and safe to ask from several threads."""
 
     def __init__(
-        self, manifest: IndexManifest, index: VectorIndex, table: pa.Table, mean_d: np.ndarray, distances_ks: np.ndarray
+        self,
+        manifest: IndexManifest,
+        index: VectorIndex,
+        table: pa.Table,
+        mean_d: np.ndarray,
+        distances_ks: np.ndarray,
+        *,
+        places_n2: np.ndarray | None = None,
+        examples: Examples | None = None,
     ) -> None:
         self.manifest, self._index, self._table = manifest, index, table
         self._mean_d, self._distances_ks = mean_d, distances_ks
+        self.places_n2, self.examples = places_n2, examples
 
     @classmethod
     def open(cls, address: str, settings: Settings, cache: Path) -> Reference:
@@ -106,7 +142,21 @@ class Reference:
             raise IntegrityError(
                 "the files of the index do not fit one another.", where=address, fix="Make the index again."
             )
-        return cls(manifest, index, table.unify_dictionaries(), mean_d, distances_ks)
+        places_n2, examples = None, None
+        if MAP in manifest.files:
+            places_n2 = read_places(folder / MAP, manifest.cells)
+        if EXAMPLES in manifest.files:
+            rows_e, tokens = read_examples(folder / EXAMPLES, manifest.cells)
+            examples = Examples(rows_e=rows_e, tokens=tokens)
+        return cls(
+            manifest,
+            index,
+            table.unify_dictionaries(),
+            mean_d,
+            distances_ks,
+            places_n2=places_n2,
+            examples=examples,
+        )
 
     @property
     def facts(self) -> ReferenceFacts:
@@ -130,14 +180,32 @@ class Reference:
         Vectors are searched one by one, so that an answer does not depend on what is asked beside it.
         """
         asked_qd = unit_vectors(vectors_qd, what="cells") - self._mean_d
-        found = [self._index.nearest(asked_qd[at : at + 1], k) for at in range(len(asked_qd))]
+        # A cell's place comes from the same number of neighbours whatever was asked, so that it stays where it is.
+        looked = k if self.places_n2 is None else min(max(k, PLACED_BY), self.manifest.max_neighbors)
+        found = [self._index.nearest(asked_qd[at : at + 1], looked) for at in range(len(asked_qd))]
+        rows_qk = np.concatenate([rows for rows, _ in found])
         distances_qk = np.concatenate([distances for _, distances in found])
         known_s = self._distances_ks[k - 1]
         return Nearest(
-            rows_qk=np.concatenate([rows for rows, _ in found]),
-            distances_qk=distances_qk,
-            out_of_distribution_q=np.searchsorted(known_s, distances_qk[:, -1], side="left") / len(known_s),
+            rows_qk=rows_qk[:, :k],
+            distances_qk=distances_qk[:, :k],
+            out_of_distribution_q=np.searchsorted(known_s, distances_qk[:, k - 1], side="left") / len(known_s),
+            places_q2=self._placed(rows_qk[:, :PLACED_BY], distances_qk[:, :PLACED_BY]),
         )
+
+    def _placed(self, rows_qk: np.ndarray, distances_qk: np.ndarray) -> np.ndarray | None:
+        return None if self.places_n2 is None else placed(self.places_n2[rows_qk], distances_qk)
+
+    def labels(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Ids and labels of these rows in their order, as columns."""
+        return self._table.select([*ID_COLUMNS, *columns]).take(pa.array(rows))
+
+    def places(self, rows: np.ndarray) -> list[list[float] | None]:
+        """Where these rows lie on the map, in their order; None for each without a map."""
+        if self.places_n2 is None:
+            return [None] * rows.size
+        found: list[list[float] | None] = shown(self.places_n2[rows.ravel()])
+        return found
 
     def cells(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """`cell_id`, `dataset_id` and labels (None where a cell has none) of these rows, in their order."""

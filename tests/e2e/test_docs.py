@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +16,15 @@ ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ("data-engineer.md", "ml-team.md")
 # Guides that start in an empty folder of their own.
 ALONE = ("biologist.md",)
+# Those that also start a service, in the background, and ask it in shell and in Python.
+SERVED = ("application.md", "models.md", "jobs.md")
 
 
 def blocks(guide: str, *languages: str) -> list[str]:
-    """Commands of a guide in order; those in `real` fences need public atlases."""
+    """Commands of a guide in order, Python as a command too; those in `real` fences need public atlases."""
     text, fences = (ROOT / "docs" / guide).read_text(encoding="utf-8"), "|".join(languages)
-    return re.findall(rf"^```(?:{fences})\n(.*?)^```", text, re.M | re.S)
+    found = re.findall(rf"^```({fences})\n(.*?)^```", text, re.M | re.S)
+    return [f"python - <<'PY'\n{block}PY\n" if language == "python" else block for language, block in found]
 
 
 @pytest.mark.slow
@@ -34,6 +39,32 @@ def test_the_guides_work_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("guide", ALONE)
 def test_a_guide_works_alone(guide: str, tmp_path: Path) -> None:
     run_blocks(blocks(guide, "bash"), guide, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("guide", SERVED)
+def test_a_guide_of_the_service_works_as_written(guide: str, tmp_path: Path) -> None:
+    try:
+        run_blocks(blocks(guide, "bash", "python"), guide, tmp_path)
+    finally:
+        # A block that failed leaves the service of an earlier one; nobody else has its folder.
+        end_processes_in(tmp_path)
+    assert not (tmp_path / "serve.pid").exists() or not alive(int((tmp_path / "serve.pid").read_text()))
+
+
+def end_processes_in(folder: Path) -> None:
+    """End every process that works in `folder`, Ray's included."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if Path(os.readlink(entry / "cwd")).is_relative_to(folder):
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return False
 
 
 @pytest.mark.slow

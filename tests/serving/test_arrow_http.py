@@ -89,7 +89,7 @@ def test_arrow_cells_get_the_answer_of_json_cells(
     body = stream({"id": pa.array(ids, pa.utf8()), **FORMS[form](cells)}, options=options)
     assert answer_of(send(ask, app, body)) == expected
     facts, table = opened(send(ask, app, body, **TO_ARROW))
-    assert facts.keys() == {"provenance", "layer", "output", "pooling", "timings_ms"}
+    assert facts.keys() == {"provenance", "layer", "output", "pooling", "file", "timings_ms"}
     rows = [{"embedding": None, "genes": None, "gene_embeddings": None, **row} for row in table.to_pylist()]
     del facts["timings_ms"]
     assert {**facts, "cells": rows} == expected
@@ -261,9 +261,3 @@ def test_errors_stay_json_for_who_wants_arrow(ask: Ask, app: Gate) -> None:
     response = send(ask, app, b"nonsense", **TO_ARROW)
     assert response.headers["content-type"] == "application/json"
     assert response.json()["error"]["code"] == "invalid_input"
-
-
-def test_only_embeddings_are_spoken_of_in_arrow(ask: Ask, app: Gate) -> None:
-    assert ask(app, "GET", "/v1/info").json()["choices"]["content_types"] == ["application/json", ARROW_TYPE]
-    body = stream(by_names([GOOD]))
-    assert ask(app, "POST", "/v1/perturbations", content=body, headers=AS_ARROW).status_code == 415

@@ -42,13 +42,21 @@ def neighbors_answer() -> dict[str, Any]:
     labels = {"cell_type": "T cell", "tissue": None}
     cell = {
         **FACTS,
-        "neighbors": [{"id": "r1", "dataset": "d1", "distance": 0.25, "labels": labels}],
+        "neighbors": [{"id": "r1", "dataset": "d1", "distance": 0.25, "labels": labels, "place": None}],
         "votes": {"cell_type": [{"label": "T cell", "n": 1, "share": 1.0}]},
         "out_of_distribution": 0.5,
+        "place": [0.5, 1.5],
     }
     reference = example(NeighborsAnswered)["reference"]
     timings = {"parse": 1.0, "queue": 2.0, "forward": 3.0, "search": 4.0}
-    answer = {"provenance": PROVENANCE, "reference": reference, "k": 1, "cells": [cell], "timings_ms": timings}
+    answer = {
+        "provenance": PROVENANCE,
+        "reference": reference,
+        "k": 1,
+        "cells": [cell],
+        "file": None,
+        "timings_ms": timings,
+    }
     NeighborsAnswered.model_validate(answer)
     return answer
 

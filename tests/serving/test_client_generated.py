@@ -48,7 +48,8 @@ def generated() -> str:
 def parts_of(operation: dict[str, Any]) -> dict[str, Any]:
     content = operation.get("requestBody", {}).get("content", {})
     schema = content["application/json"]["schema"]["$ref"] if content else ""
-    model = resolved(schema) if schema else {"properties": {}}
+    # A question of several kinds is a choice of schemas: it is sent whole, so its method takes no fields.
+    model = {"properties": {}, **(resolved(schema) if schema else {})}
     required = model.get("required", [])
     names = sorted(model["properties"], key=lambda name: name not in required)
     assert all(name.isidentifier() and not keyword.iskeyword(name) for name in [operation["operationId"], *names])
@@ -61,6 +62,8 @@ def parts_of(operation: dict[str, Any]) -> dict[str, Any]:
         "answers": {
             status: answer["content"]["application/json"]["schema"]["$ref"]
             for status, answer in operation["responses"].items()
+            # Of an answer that is no JSON (a file, numbers for a scraper) the document says no more than its type.
+            if "$ref" in answer.get("content", {}).get("application/json", {}).get("schema", {})
         },
     }
 

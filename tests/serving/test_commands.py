@@ -27,7 +27,7 @@ KEY = "a-service-key-0123456789abcdef"
 
 
 def options(**given: Any) -> argparse.Namespace:
-    names = (*FROM_OPTIONS, "config", "api_key_env")
+    names = (*FROM_OPTIONS, "config", "api_key_env", "jobs_uri", "jobs_roots")
     return argparse.Namespace(**{**dict.fromkeys(names), **given})
 
 

@@ -44,7 +44,9 @@ def running(
     from genescale.serving.app import service
 
     # A small budget makes one request many passes.
-    config = ServingConfig(port=0, keys_file=str(keys_file), max_ongoing=4, max_queued=4, tokens_per_batch=100)
+    config = ServingConfig(
+        port=0, keys_file=str(keys_file), max_ongoing=4, max_queued=4, tokens_per_batch=100, tracking_interval_s=0
+    )
     with service(bundle, config, settings_for(tmp_path / "service")) as up:
         yield up
 

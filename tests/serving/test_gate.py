@@ -68,7 +68,7 @@ def test_probes_need_no_key(ask: Ask, path: str) -> None:
     assert ask(gate(keys=KEYS), "GET", path).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/healthz/", "//healthz", "/healthz/x", "/HEALTHZ", "/x/../healthz/y", "/readyz;x"])
+@pytest.mark.parametrize("path", ["/healthz/", "/%2Fhealthz", "/healthz/x", "/HEALTHZ", "/x/../healthz/y", "/readyz;x"])
 def test_addresses_that_only_resemble_a_probe_need_a_key(ask: Ask, path: str) -> None:
     assert ask(gate(keys=KEYS), "GET", path).status_code == 401
 

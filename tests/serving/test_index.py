@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from genescale.platform.bundle import Bundle
     from genescale.training.embedder import Embedder
 
-CPU = IndexConfig(device="cpu", sampled=20)
+CPU = IndexConfig(device="cpu", sampled=20, map_cells=0)
 Built = Callable[..., str]
 
 
@@ -265,6 +265,9 @@ def test_an_index_in_object_storage_is_copied_once_and_again_when_damaged(
     again = Reference.open(f"{bucket}/index", settings, tmp_path / "cache")
     assert again.manifest.cells == reference_corpus.n_cells
     assert {name: (folder / name).read_bytes() for name in FILES} == whole
+    # A service opens the copy, also one that starts again while the object storage is away.
+    away = Settings(storage=replace(store.settings, endpoint_url="http://127.0.0.1:9", attempts=1))
+    assert deployed.open(away, tmp_path / "cache").manifest == again.manifest
     # On another node the folder is not there, and the address is.
     elsewhere = replace(deployed, folder=str(tmp_path / "nowhere")).open(settings, tmp_path / "other-cache")
     assert elsewhere.manifest == again.manifest
@@ -286,7 +289,7 @@ def test_the_command_says_what_it_made(
     bundle: Bundle, reference_corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["index", str(bundle.folder), "--corpus", reference_corpus.uri, "--output", str(tmp_path / "index")]
-    more = ["--columns", "cell_type,labels.age", "--apart", "donor_id", "--device", "cpu"]
+    more = ["--columns", "cell_type,labels.age", "--apart", "donor_id", "--device", "cpu", "--map-cells", "0"]
     assert main([*words, *more]) == 0
     out = capsys.readouterr().out
     typed = 90 - reference_corpus.cells(["cell_type"]).column(0).null_count

@@ -29,7 +29,7 @@ N_CELLS, K = 90, 7
 def reference(bundle: Bundle, reference_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """An index of every cell of the corpus, opened."""
     uri = str(tmp_path_factory.mktemp("index") / "index")
-    config = IndexConfig(device="cpu", columns=("cell_type", "tissue", "labels.age"))
+    config = IndexConfig(device="cpu", map_cells=0, columns=("cell_type", "tissue", "labels.age"))
     build_index(bundle, reference_corpus, out_uri=uri, store=reference_corpus.store, config=config)
     return Reference.open(uri, Settings(), tmp_path_factory.mktemp("cache"))
 
@@ -200,7 +200,7 @@ def test_a_graph_answers_like_an_exact_search(
     local_store: Store,
     tmp_path: Any,
 ) -> None:
-    config = IndexConfig(device="cpu", search="graph")
+    config = IndexConfig(device="cpu", map_cells=0, search="graph")
     build_index(bundle, reference_corpus, out_uri=str(tmp_path / "graph"), store=local_store, config=config)
     graph = Reference.open(str(tmp_path / "graph"), Settings(), tmp_path)
     other = http_side(bundle, InProcessModel(embedder), reference=graph)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def index(bundle: Bundle, reference_corpus: Corpus, local_store: Store, tmp_path: Path) -> str:
-    config = IndexConfig(device="cpu", search="graph")
+    config = IndexConfig(device="cpu", map_cells=0, search="graph")
     return build_index(bundle, reference_corpus, out_uri=str(tmp_path / "index"), store=local_store, config=config).uri
 
 
@@ -45,7 +45,7 @@ def test_a_deployed_reference_answers(
     framed = [[*cell, int(reference_corpus.vocabulary.eos or 0)] for cell in tokens]
     reference = Reference.open(index, Settings(), tmp_path)
     here = reference.nearest(embedder.embed_cells(framed), 5)  # type: ignore[arg-type]
-    config = ServingConfig(port=0, num_cpus=0.5, index=index)
+    config = ServingConfig(port=0, num_cpus=0.5, index=index, tracking_interval_s=0)
     with service(bundle, config, settings_for(tmp_path / "service")) as running:
         body = {"cells": [{"tokens": cell} for cell in tokens], "k": 5}
         response = httpx.post(f"{running.url}/v1/neighbors", json=body, timeout=60)

@@ -133,7 +133,7 @@ def test_what_does_not_fit_the_schema_is_422_and_says_where(body: str, where: st
         {"edits": [{"kind": "replace", "genes": ["A"], "ranks": [1.0]}]},
         {"edits": [{"kind": "replace", "genes": ["A"], "ranks": [10**30]}]},
         {"states": [{"name": "", "vector": [1.0]}]},
-        {"states": [{"name": "a"}]},
+        {"states": [{"vector": [1.0]}]},
         {"states": [{"name": "a", "vector": [float("nan")]}]},
         {"head": ""},
         {"top_gene_shifts": -1},

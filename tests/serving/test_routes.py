@@ -14,8 +14,9 @@ from genescale.perturbation.editing import requests as requests_module
 from genescale.perturbation.readouts import shift
 from genescale.platform.errors import ServiceError
 from genescale.serving import passes, schemas
+from genescale.serving.access.scopes import is_open
 from genescale.serving.config import Limits
-from genescale.serving.gate import OPEN_PATHS, Gate
+from genescale.serving.gate import Gate
 from genescale.serving.in_process import InProcessModel
 from genescale.serving.routes import openapi_document, routes
 
@@ -107,7 +108,7 @@ def test_embeddings_that_are_no_numbers_are_a_fault_and_not_an_answer(
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("GET", "/v1/nothing", 404),
         ("POST", "/v1/embeddings/", 404),
         ("GET", "/v1/embeddings", 405),
@@ -142,7 +143,7 @@ def test_every_route_needs_the_key_except_the_probes(ask: Ask, build: Build) -> 
         wrong = ask(app, method, path, headers={"Authorization": "Bearer not-the-key-0123456789"})
         right = ask(app, method, path, headers={"Authorization": f"Bearer {KEY}"})
         assert right.status_code != 401, path
-        if path in OPEN_PATHS:
+        if is_open(path):
             assert without.status_code == wrong.status_code == right.status_code == 200
         else:
             assert without.status_code == wrong.status_code == 401, path
@@ -168,8 +169,11 @@ def test_the_openapi_document_is_valid_and_describes_the_answers(ask: Ask, app: 
                 schema = operation["requestBody"]["content"]["application/json"]["schema"]
                 jsonschema.validate(asked[path], {**schema, "components": document["components"]})
             answer = ask(app, method.upper(), path, **({"json": asked[path]} if path in asked else {}))
-            schema = operation["responses"][str(answer.status_code)]["content"]["application/json"]["schema"]
-            jsonschema.validate(answer.json(), {**schema, "components": document["components"]})
+            content = operation["responses"][str(answer.status_code)]["content"]
+            kind = answer.headers["content-type"].partition(";")[0]
+            schema = content[kind]["schema"]
+            if kind == "application/json":
+                jsonschema.validate(answer.json(), {**schema, "components": document["components"]})
 
 
 def test_the_documentation_page_loads_its_document(ask: Ask, app: Gate) -> None:
@@ -187,3 +191,9 @@ def test_names_of_the_contract_are_those_of_their_owners() -> None:
     assert set(get_args(passes.Rows)) == {*embedder_module.POOLINGS, "genes"}
     assert get_args(schemas.Measure) == shift.MEASURES
     assert get_args(schemas.Kind) == requests_module.KINDS
+
+
+def test_a_refused_method_is_told_all_that_are_possible(ask: Ask, app: Gate) -> None:
+    for path, possible in (("/v1/jobs", "GET, POST"), ("/v1/embeddings", "POST"), ("/v1/info", "GET")):
+        answer = ask(app, "DELETE", path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, possible)

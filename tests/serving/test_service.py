@@ -47,6 +47,8 @@ def running(
 
     config = ServingConfig(
         port=0,
+        # Runs in the tracker have tests of their own.
+        tracking_interval_s=0,
         # Leaves a processor of the two for a screen.
         num_cpus=0.5,
         max_ongoing=PLACES // 2,
