@@ -27,6 +27,7 @@ from ray.serve.schema import LoggingConfig
 from genescale.platform.errors import ClusterError, SettingsError
 from genescale.platform.settings import Settings, build, load_settings
 from genescale.serving.access.draining import Drainer
+from genescale.serving.answering.published_states import PublishedStates, published_with
 from genescale.serving.config import ServingConfig
 from genescale.serving.gate import Gate
 from genescale.serving.jobs.on_ray import jobs_on_ray, stop_supervisor
@@ -36,7 +37,6 @@ from genescale.serving.models.record import Record
 from genescale.serving.models.serving_side import RayModels, VersionMaker
 from genescale.serving.models.state import ModelsState, initial_state
 from genescale.serving.neighbours.reference import IndexRelease, resolve_index
-from genescale.serving.published_states import PublishedStates, published_with
 from genescale.serving.release import Release
 from genescale.serving.replicas import (
     CONSTRUCTOR_TRIES,

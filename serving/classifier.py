@@ -8,7 +8,7 @@ import numpy as np
 
 from genescale.perturbation.readouts.class_change import model_of_classes
 from genescale.platform.bundle import Bundle
-from genescale.serving.passes import Classified
+from genescale.serving.answering.passes import Classified
 from genescale.training.embedder import Embedder
 from genescale.training.heads.head import Head
 from genescale.training.heads.head_files import heads_of

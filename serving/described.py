@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from genescale.serving.access.scopes import OPEN_PATHS
-from genescale.serving.h5ad_cells import FileOptions
+from genescale.serving.forms.h5ad_cells import FileOptions
 
 REQUEST_HEADERS: dict[str, dict[str, Any]] = {
     "RequestId": {

@@ -11,7 +11,7 @@ from typing import get_args
 from genescale.perturbation.readouts.shift import MEASURES
 from genescale.platform.bundle import Bundle
 from genescale.serving.config import ServingConfig
-from genescale.serving.media import CELL_FORMS, JSON_OR_ARROW
+from genescale.serving.forms.media import CELL_FORMS, JSON_OR_ARROW
 from genescale.serving.release import Release
 from genescale.serving.schemas import (
     CorpusFacts,

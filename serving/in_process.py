@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from genescale.perturbation.perturb import EditAnswer, EditRequest
-from genescale.serving.passes import (
+from genescale.serving.answering.passes import (
     Classified,
     Classifier,
     Comparison,

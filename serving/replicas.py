@@ -32,12 +32,7 @@ from genescale.platform.bundle import Bundle
 from genescale.platform.errors import GenescaleError, OverloadedError, ServiceError
 from genescale.platform.settings import Settings
 from genescale.platform.vocabulary import Vocabulary
-from genescale.serving.config import ServingConfig
-from genescale.serving.lane import Lane
-from genescale.serving.models.held import HeldModel, HeldModels, why
-from genescale.serving.models.record import Record
-from genescale.serving.models.state import ModelsState
-from genescale.serving.passes import (
+from genescale.serving.answering.passes import (
     Classified,
     Comparison,
     Outcome,
@@ -49,6 +44,11 @@ from genescale.serving.passes import (
     embed_in_passes,
     perturb_in_passes,
 )
+from genescale.serving.config import ServingConfig
+from genescale.serving.lane import Lane
+from genescale.serving.models.held import HeldModel, HeldModels, why
+from genescale.serving.models.record import Record
+from genescale.serving.models.state import ModelsState
 from genescale.serving.release import Release
 from genescale.serving.schemas import Layer
 from genescale.serving.watching.model_numbers import ModelNumbers

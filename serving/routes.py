@@ -1,4 +1,4 @@
-"""The routes: addresses, documentation and error shapes; what is answered is in `answers.py`."""
+"""The routes: addresses, documentation and error shapes; what is answered is in `answering/answers.py`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from starlette.routing import Match
 from genescale.platform.errors import GenescaleError, InputError, LimitError
 from genescale.platform.log import get_logger
 from genescale.serving.config import ServingConfig
+from genescale.serving.forms.media import CELL_FORMS, JSON_OR_ARROW
 from genescale.serving.gate import Gate
 from genescale.serving.jobs.routes import AS_JOB, JOB_ROUTES, REPEAT, perturbations_as_job
-from genescale.serving.media import CELL_FORMS, JSON_OR_ARROW
 from genescale.serving.models.routes import MODEL_ROUTES
 from genescale.serving.neighbours.contract import NeighborsAnswered, NeighborsAsked, NeighborsOptions
 from genescale.serving.neighbours.view_routes import REFERENCE_ROUTES

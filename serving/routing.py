@@ -1,7 +1,7 @@
 """What a route is: its address, who answers, and what the OpenAPI document says of it.
 
-Bodies are read by `reading.py` and not by FastAPI, whose reader lets duplicate keys and NaN through; so the OpenAPI
-document is told the request schemas here.
+Bodies are read by `forms/reading.py` and not by FastAPI, whose reader lets duplicate keys and NaN through; so the
+OpenAPI document is told the request schemas here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from genescale.serving.access.scopes import OPEN_PATHS
+from genescale.serving.answering.questions import Sent
 from genescale.serving.described import describe_headers, file_parameters
-from genescale.serving.media import JSON_ONLY, JSON_OR_ARROW, sent_form, wanted_form
+from genescale.serving.forms.media import JSON_ONLY, JSON_OR_ARROW, sent_form, wanted_form
 from genescale.serving.models.documented import describe_model_choice
 from genescale.serving.models.state import MODEL_PARAMETER
 from genescale.serving.problems import JSON_TYPE
-from genescale.serving.questions import Sent
 from genescale.serving.schemas import ErrorAnswered
 
 REFUSALS: dict[int, str] = {

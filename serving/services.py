@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from fastapi import Request
 
-from genescale.serving.answers import Answers
+from genescale.serving.answering.answers import Answers
 from genescale.serving.jobs.asking import Jobs
 from genescale.serving.models.desk import ModelsDesk
 from genescale.serving.models.state import MODEL_PARAMETER

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 from genescale.platform.errors import InputError, NotFoundError, ServiceError
 from genescale.platform.storage import join
 from genescale.serving.access.rates import free_of_charge
-from genescale.serving.answers import Answers
-from genescale.serving.intake import Intake
+from genescale.serving.answering.answers import Answers
+from genescale.serving.answering.intake import Intake
+from genescale.serving.answering.perturbations import Perturbations
+from genescale.serving.answering.questions import Sent
 from genescale.serving.jobs.asked import embed_asked, screen_asked
 from genescale.serving.jobs.board import Board
 from genescale.serving.jobs.contract import (
@@ -32,9 +34,7 @@ from genescale.serving.jobs.records import JOB_ID, File, Job, Kind, Ticket, new_
 from genescale.serving.jobs.settings import JobsConfig
 from genescale.serving.jobs.telling import answered, clock
 from genescale.serving.models.state import MODEL_PARAMETER
-from genescale.serving.perturbations import Perturbations
 from genescale.serving.problems import Problem, RefusedError, refused
-from genescale.serving.questions import Sent
 from genescale.serving.release import Release
 from genescale.serving.watching.reports import Report
 

@@ -13,17 +13,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from genescale.platform.storage import join
+from genescale.serving.answering.questions import Sent
 from genescale.serving.config import Limits
 from genescale.serving.jobs.records import File
 from genescale.serving.jobs.settings import JobsConfig
 from genescale.serving.jobs.work import Desk
-from genescale.serving.questions import Sent
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from genescale.serving.answers import Answers
-    from genescale.serving.perturbations import PerturbationPlan
+    from genescale.serving.answering.answers import Answers
+    from genescale.serving.answering.perturbations import PerturbationPlan
     from genescale.serving.schemas_perturb import PerturbationsAnswered
 
 SHIFTS, ANSWER, PARTS = "shifts.parquet", "answer.json", "parts"
@@ -73,7 +73,7 @@ def written(plan: PerturbationPlan) -> dict[str, Any]:
 
 
 def _answers(desk: Desk) -> Answers:
-    from genescale.serving.answers import Answers
+    from genescale.serving.answering.answers import Answers
     from genescale.serving.classifier import heads_on
     from genescale.serving.facts import describe
     from genescale.serving.in_process import InProcessModel
@@ -141,7 +141,7 @@ def shifts_table(answered: PerturbationsAnswered, *, first: int = 0) -> pa.Table
     """
     import pyarrow as pa
 
-    from genescale.serving.arrow_shifts import rows_of
+    from genescale.serving.forms.arrow_shifts import rows_of
 
     rows = [
         {

@@ -12,6 +12,7 @@ from starlette.concurrency import iterate_in_threadpool
 
 from genescale.platform.errors import LimitError
 from genescale.serving.access.scopes import ADMIN, JOBS, allows
+from genescale.serving.answering.questions import Sent
 from genescale.serving.jobs.asking import (
     DEFAULT_PAGE,
     LARGEST_PAGE,
@@ -24,7 +25,6 @@ from genescale.serving.jobs.asking import (
 )
 from genescale.serving.jobs.contract import JobAnswered, JobAsked, JobLinkAnswered, JobsAnswered
 from genescale.serving.problems import JSON_TYPE, refused
-from genescale.serving.questions import Sent
 from genescale.serving.routing import FACTS, QUESTIONS, Route, json_answer, json_body
 from genescale.serving.services import all_services, services_of
 

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from genescale.platform.errors import InputError
+from genescale.serving.forms.reading import read_body
 from genescale.serving.models.contract import (
     ModelAnswered,
     ModelsAnswered,
@@ -20,7 +21,6 @@ from genescale.serving.models.desk import Held, ModelsDesk
 from genescale.serving.models.rollout import Wanted
 from genescale.serving.models.state import ServedName
 from genescale.serving.models.versions import unknown
-from genescale.serving.reading import read_body
 from genescale.serving.release import Release
 from genescale.serving.routing import FACTS, QUESTIONS, Route, json_answer, json_body
 from genescale.serving.services import all_services

@@ -12,7 +12,8 @@ from ray.serve.handle import DeploymentHandle
 
 from genescale.platform.log import get_logger
 from genescale.platform.settings import Settings
-from genescale.serving.answers import Answers
+from genescale.serving.answering.answers import Answers
+from genescale.serving.answering.published_states import PublishedStates, of_model
 from genescale.serving.config import ServingConfig
 from genescale.serving.facts import describe
 from genescale.serving.models.desk import Held
@@ -23,7 +24,6 @@ from genescale.serving.models.state import ModelsState
 from genescale.serving.models.versions import Version, Versions
 from genescale.serving.neighbours.answering import NeighborAnswers
 from genescale.serving.neighbours.reference import Reference
-from genescale.serving.published_states import PublishedStates, of_model
 from genescale.serving.release import Release
 from genescale.serving.replicas import ServedModel, cache_folder
 

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from genescale.serving.answers import Answers
+from genescale.serving.answering.answers import Answers
 from genescale.serving.models.state import MODEL_PARAMETER, ModelsState, no_such_model
 from genescale.serving.neighbours.answering import NeighborAnswers
 from genescale.serving.problems import Problem, RefusedError, refused

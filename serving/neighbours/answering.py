@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from genescale.platform.errors import GenescaleError, InputError, LimitError, did_you_mean
-from genescale.serving.answers import Answers
-from genescale.serving.cells import PreparedCell
-from genescale.serving.media import ARROW_TYPE
+from genescale.serving.answering.answers import Answers
+from genescale.serving.answering.cells import PreparedCell
+from genescale.serving.answering.questions import Sent, planned, read_question
+from genescale.serving.forms.media import ARROW_TYPE
 from genescale.serving.neighbours.arrow_neighbors import render_arrow
 from genescale.serving.neighbours.contract import (
     LabelVote,
@@ -35,7 +36,6 @@ from genescale.serving.neighbours.contract import (
 from genescale.serving.neighbours.reference import Nearest, Reference
 from genescale.serving.neighbours.viewing import ReferenceView
 from genescale.serving.problems import JSON_TYPE
-from genescale.serving.questions import Sent, planned, read_question
 from genescale.serving.schemas import FileFacts
 from genescale.serving.watching.noted import note_phases
 

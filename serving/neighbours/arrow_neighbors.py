@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from genescale.serving.arrow_answers import cell_columns, stream_of
-from genescale.serving.cells import PreparedCell
+from genescale.serving.answering.cells import PreparedCell
+from genescale.serving.forms.arrow_answers import cell_columns, stream_of
 from genescale.serving.neighbours.contract import NeighborsCell, NeighborsFacts
 
 _PLACE = pa.list_(pa.float64(), 2)

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from genescale.platform.errors import InputError
-from genescale.serving.passes import Outcome, Pass
+from genescale.serving.answering.passes import Outcome, Pass
 from genescale.serving.watching.reports import Report, families_of, process_name
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

@@ -174,7 +174,7 @@ def _commit(corpus: Corpus, dataset_id: str, cells: Sequence[np.ndarray], types:
 @pytest.fixture
 def http_side() -> Callable[..., Gate]:
     """The HTTP side of a bundle and a model: `http_side(bundle, model, keys=…, max_cells=…)`."""
-    from genescale.serving.answers import Answers
+    from genescale.serving.answering.answers import Answers
     from genescale.serving.facts import describe
     from genescale.serving.neighbours.answering import NeighborAnswers
     from genescale.serving.routes import http_application

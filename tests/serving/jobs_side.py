@@ -14,7 +14,7 @@ from genescale.platform.bundle import Bundle
 from genescale.platform.runs import Tracker
 from genescale.platform.settings import Settings
 from genescale.serving.access.keys import ApiKey, digest_of, write_keys
-from genescale.serving.answers import Answers
+from genescale.serving.answering.answers import Answers
 from genescale.serving.config import Limits, ServingConfig
 from genescale.serving.facts import describe
 from genescale.serving.gate import Gate

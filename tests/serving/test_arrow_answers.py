@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 
 from genescale.platform.settings import Settings
+from genescale.serving.forms.media import ARROW_TYPE
 from genescale.serving.gate import Gate
 from genescale.serving.in_process import InProcessModel
-from genescale.serving.media import ARROW_TYPE
 from genescale.serving.neighbours.building import IndexConfig, build_index
 from genescale.serving.neighbours.reference import Reference
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from genescale.serving.forms.media import ARROW_TYPE
 from genescale.serving.gate import Gate
-from genescale.serving.media import ARROW_TYPE
 
 Ask = Callable[..., httpx.Response]
 Build = Callable[..., Gate]

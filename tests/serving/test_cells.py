@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from genescale.platform.errors import InputError
 from genescale.platform.vocabulary import Vocabulary
-from genescale.serving.cells import CellReader, PreparedCell
+from genescale.serving.answering.cells import CellReader, PreparedCell
 from genescale.serving.schemas import CellAsked
 
 N_GENES, N_RANKED, WINDOW = 120, 117, 48

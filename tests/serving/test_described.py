@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from genescale.serving.access.scopes import OPEN_PATHS
-from genescale.serving.classifications import ClassifyOptions
+from genescale.serving.answering.classifications import ClassifyOptions
+from genescale.serving.forms.h5ad_cells import FileOptions
 from genescale.serving.gate import DEADLINE_HEADER, Gate
-from genescale.serving.h5ad_cells import FileOptions
 from genescale.serving.neighbours.contract import NeighborsOptions
 from genescale.serving.problems import retry_headers
 from genescale.serving.routes import openapi_document

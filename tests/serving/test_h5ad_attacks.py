@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from genescale.platform.vocabulary import Vocabulary
+from genescale.serving.forms.media import H5AD_TYPE
 from genescale.serving.gate import Gate
-from genescale.serving.media import H5AD_TYPE
 
 Ask = Callable[..., httpx.Response]
 Change = Callable[[h5py.File], Any]

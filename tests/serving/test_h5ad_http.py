@@ -17,8 +17,8 @@ from scipy import sparse
 from genescale.platform.vocabulary import Vocabulary
 from genescale.serving.access.keys import ApiKey, digest_of, write_keys
 from genescale.serving.config import ServingConfig
+from genescale.serving.forms.media import H5AD_TYPE
 from genescale.serving.gate import Gate
-from genescale.serving.media import H5AD_TYPE
 
 Ask = Callable[..., httpx.Response]
 Build = Callable[..., Gate]

@@ -157,7 +157,7 @@ def test_a_job_goes_on_where_it_was_interrupted(
     make: Any, tracker: MemoryTracker, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two cells are a part: what is kept of the first attempt is not computed by the second."""
-    from genescale.serving.answers import Answers
+    from genescale.serving.answering.answers import Answers
 
     cells = [{"counts": {"GENE1": 3, "GENE2": 2, f"GENE{at + 3}": 1}} for at in range(6)]
     asked = {"kind": "perturbations", "cells": cells, "edits": [{"kind": "delete", "genes": ["GENE1"]}] * 100}

@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from genescale.platform.errors import GenescaleError
 from genescale.serving.access.room import Room
 from genescale.serving.access.scopes import SCOPES
+from genescale.serving.answering.passes import EmbedPass, Outcome
 from genescale.serving.jobs.records import State
-from genescale.serving.passes import EmbedPass, Outcome
 from genescale.serving.watching.board import Board
 from genescale.serving.watching.deployment_run import watch_tracking
 from genescale.serving.watching.http_numbers import HttpNumbers

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from genescale.platform.errors import GenescaleError, InputError
 from genescale.serving.access.room import Room
-from genescale.serving.passes import EmbedPass, Outcome
+from genescale.serving.answering.passes import EmbedPass, Outcome
 from genescale.serving.watching import reporter as reporter_module
 from genescale.serving.watching.board import FRESH_S, KEPT_S, Board, Interval, versions_of
 from genescale.serving.watching.http_numbers import HttpNumbers

@@ -15,12 +15,12 @@ import pytest
 from genescale.client import GenescaleClient
 from genescale.platform.errors import ConflictError, IntegrityError
 from genescale.platform.vocabulary import Vocabulary
-from genescale.serving.answers import Answers
+from genescale.serving.answering.answers import Answers
 from genescale.serving.config import Limits, ServingConfig
 from genescale.serving.facts import describe
+from genescale.serving.forms.media import ARROW_TYPE
 from genescale.serving.gate import Gate
 from genescale.serving.in_process import InProcessModel
-from genescale.serving.media import ARROW_TYPE
 from genescale.serving.models.fleet import begun
 from genescale.serving.models.rollout import Wanted
 from genescale.serving.models.state import initial_state

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from genescale.perturbation.perturb import EditRequest
 from genescale.platform.errors import InputError
-from genescale.serving.passes import (
+from genescale.serving.answering.passes import (
     Comparison,
     EmbedPass,
     Outcome,

@@ -14,12 +14,12 @@ from genescale.perturbation.readouts.states import States
 from genescale.platform.errors import InputError, SettingsError
 from genescale.platform.settings import Settings
 from genescale.platform.storage import Store
-from genescale.serving.answers import Answers
+from genescale.serving.answering.answers import Answers
+from genescale.serving.answering.published_states import of_model, published_with, read_published
 from genescale.serving.config import ServingConfig
 from genescale.serving.facts import describe
 from genescale.serving.gate import Gate
 from genescale.serving.in_process import InProcessModel
-from genescale.serving.published_states import of_model, published_with, read_published
 from genescale.serving.release import Release
 from genescale.serving.routes import http_application
 from genescale.serving.services import Services

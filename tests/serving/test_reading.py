@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from genescale.platform.errors import LimitError
+from genescale.serving.forms.reading import read_body
 from genescale.serving.problems import Problem, RefusedError
-from genescale.serving.reading import read_body
 from genescale.serving.schemas import EmbeddingsAsked
 from genescale.serving.schemas_perturb import PerturbationsAsked
 

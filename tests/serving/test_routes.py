@@ -13,8 +13,9 @@ import pytest
 from genescale.perturbation.editing import requests as requests_module
 from genescale.perturbation.readouts import shift
 from genescale.platform.errors import ServiceError
-from genescale.serving import passes, schemas
+from genescale.serving import schemas
 from genescale.serving.access.scopes import is_open
+from genescale.serving.answering import passes
 from genescale.serving.config import Limits
 from genescale.serving.gate import Gate
 from genescale.serving.in_process import InProcessModel

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from genescale.platform.errors import InputError, OverloadedError, ServiceError
-from genescale.serving.passes import Outcome
+from genescale.serving.answering.passes import Outcome
 from genescale.serving.release import Release
 
 CELL = np.array([3, 4], dtype=np.uint16)

@@ -128,7 +128,7 @@ def test_arrow_goes_through_the_proxy_in_both_directions(
 ) -> None:
     import pyarrow as pa
 
-    from genescale.serving.media import ARROW_TYPE
+    from genescale.serving.forms.media import ARROW_TYPE
 
     tokens = [tokens_of(draw_cell(seed, 5 + 20 * seed)) for seed in range(4)]
     batch = pa.record_batch({"tokens": pa.array([one.tolist() for one in tokens], pa.list_(pa.uint16()))})

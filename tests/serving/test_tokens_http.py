@@ -13,8 +13,8 @@ import pytest
 
 from genescale.platform.rank_value import rank_value_tokens
 from genescale.platform.vocabulary import Vocabulary
+from genescale.serving.forms.media import ARROW_TYPE
 from genescale.serving.gate import Gate
-from genescale.serving.media import ARROW_TYPE
 
 Ask = Callable[..., httpx.Response]
 Build = Callable[..., Gate]

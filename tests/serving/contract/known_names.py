@@ -13,7 +13,7 @@ from typing import Any
 
 import schemathesis
 
-from genescale.serving.h5ad_cells import FileOptions
+from genescale.serving.forms.h5ad_cells import FileOptions
 from genescale.serving.neighbours.contract import NeighborsOptions
 from genescale.serving.schemas import ClassifyOptions, EmbeddingOptions
 from genescale.serving.schemas_perturb import PerturbationsOptions

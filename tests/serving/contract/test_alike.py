@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from genescale.serving.forms.media import ARROW_TYPE
 from genescale.serving.gate import Gate
-from genescale.serving.media import ARROW_TYPE
 from tests.serving.conftest import WIDTH
 
 Ask = Callable[..., httpx.Response]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from genescale.platform.errors import InputError, LimitError
-from genescale.serving.arrow_embeddings import render_arrow
-from genescale.serving.cells import PreparedCell
-from genescale.serving.embedding_plan import EmbeddingPlan, gene_ids
-from genescale.serving.intake import Intake
-from genescale.serving.media import ARROW_TYPE
-from genescale.serving.questions import ReadCells, Sent, read_question
+from genescale.serving.answering.cells import PreparedCell
+from genescale.serving.answering.embedding_plan import EmbeddingPlan, gene_ids
+from genescale.serving.answering.intake import Intake
+from genescale.serving.answering.questions import ReadCells, Sent, read_question
+from genescale.serving.forms.arrow_embeddings import render_arrow
+from genescale.serving.forms.media import ARROW_TYPE
 from genescale.serving.schemas import (
     EmbeddedCell,
     EmbeddingOptions,

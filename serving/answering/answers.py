@@ -13,17 +13,17 @@ from typing import Any
 
 from genescale.platform.errors import ServiceError
 from genescale.platform.vocabulary import Vocabulary
-from genescale.serving.classifications import Classifications
+from genescale.serving.answering.classifications import Classifications
+from genescale.serving.answering.embeddings import Embeddings
+from genescale.serving.answering.intake import Intake
+from genescale.serving.answering.passes import Model
+from genescale.serving.answering.perturbations import Perturbations
+from genescale.serving.answering.published_states import PublishedState, StateKey
+from genescale.serving.answering.questions import Question, ReadCells, Sent, planned
+from genescale.serving.answering.tokens import Tokens
 from genescale.serving.config import Limits
-from genescale.serving.embeddings import Embeddings
-from genescale.serving.intake import Intake
-from genescale.serving.passes import Model
-from genescale.serving.perturbations import Perturbations
 from genescale.serving.problems import JSON_TYPE
-from genescale.serving.published_states import PublishedState, StateKey
-from genescale.serving.questions import Question, ReadCells, Sent, planned
 from genescale.serving.schemas import InfoAnswered, Timings
-from genescale.serving.tokens import Tokens
 from genescale.serving.watching.noted import note_phases
 
 PING_TIMEOUT_S = 3.0

@@ -13,9 +13,9 @@ from pydantic import BaseModel
 from genescale.platform.errors import InputError, LimitError, UnknownGeneError
 from genescale.platform.vocabulary import Vocabulary
 from genescale.serving.access.rates import charge
-from genescale.serving.cells import CellReader, PreparedCell
+from genescale.serving.answering.cells import CellReader, PreparedCell
 from genescale.serving.config import Limits
-from genescale.serving.reading import read_body
+from genescale.serving.forms.reading import read_body
 from genescale.serving.schemas import CellAsked, InfoAnswered
 
 Question = TypeVar("Question", bound=BaseModel)

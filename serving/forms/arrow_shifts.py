@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 from pydantic import BaseModel
 
-from genescale.serving.arrow_answers import stream_of
+from genescale.serving.forms.arrow_answers import stream_of
 from genescale.serving.schemas import CellFacts, Kind
 from genescale.serving.schemas_perturb import EditAnswered, PerturbationsFacts, PerturbedCell
 

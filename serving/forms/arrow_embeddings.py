@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from genescale.serving.arrow_answers import cell_columns, stream_of
-from genescale.serving.embedding_plan import EmbeddingPlan, gene_ids
-from genescale.serving.intake import Intake
+from genescale.serving.answering.embedding_plan import EmbeddingPlan, gene_ids
+from genescale.serving.answering.intake import Intake
+from genescale.serving.forms.arrow_answers import cell_columns, stream_of
 from genescale.serving.schemas import EmbeddingsFacts, Timings
 
 

@@ -18,12 +18,12 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
-from genescale.serving.arrow_cells import open_request, read_cells
-from genescale.serving.cells import PreparedCell
-from genescale.serving.h5ad_cells import FileOptions, read_file
-from genescale.serving.intake import Intake
-from genescale.serving.media import ARROW_TYPE, H5AD_TYPE
-from genescale.serving.parameters import Parameters, check_none, read_parameters, split
+from genescale.serving.answering.cells import PreparedCell
+from genescale.serving.answering.intake import Intake
+from genescale.serving.forms.arrow_cells import open_request, read_cells
+from genescale.serving.forms.h5ad_cells import FileOptions, read_file
+from genescale.serving.forms.media import ARROW_TYPE, H5AD_TYPE
+from genescale.serving.forms.parameters import Parameters, check_none, read_parameters, split
 from genescale.serving.problems import JSON_TYPE
 from genescale.serving.schemas import Asked, CellAsked, FileFacts
 

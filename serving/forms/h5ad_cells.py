@@ -16,8 +16,8 @@ import numpy as np
 from pydantic import Field
 
 from genescale.platform.errors import AtlasError, InputError, LimitError
-from genescale.serving.cells import CellReader, PreparedCell
-from genescale.serving.intake import Intake
+from genescale.serving.answering.cells import CellReader, PreparedCell
+from genescale.serving.answering.intake import Intake
 from genescale.serving.schemas import LONGEST_ID, LONGEST_NAME, Asked, FileFacts
 
 if TYPE_CHECKING:

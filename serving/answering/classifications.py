@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from genescale.platform.errors import InputError
-from genescale.serving.arrow_classes import render_cells, render_genes
-from genescale.serving.cells import PreparedCell
-from genescale.serving.intake import Intake
-from genescale.serving.media import ARROW_TYPE
-from genescale.serving.passes import Classified
-from genescale.serving.questions import ReadCells, Sent, read_question
+from genescale.serving.answering.cells import PreparedCell
+from genescale.serving.answering.intake import Intake
+from genescale.serving.answering.passes import Classified
+from genescale.serving.answering.questions import ReadCells, Sent, read_question
+from genescale.serving.forms.arrow_classes import render_cells, render_genes
+from genescale.serving.forms.media import ARROW_TYPE
 from genescale.serving.schemas import (
     ClassifiedCell,
     ClassifiedGene,

@@ -9,14 +9,14 @@ import numpy as np
 
 from genescale.perturbation.perturb import EditAnswer, EditRequest
 from genescale.platform.errors import InputError, did_you_mean
-from genescale.serving.arrow_shifts import render_arrow
-from genescale.serving.cells import PreparedCell
-from genescale.serving.intake import Intake
-from genescale.serving.media import ARROW_TYPE
-from genescale.serving.passes import Comparison, furthest_genes
+from genescale.serving.answering.cells import PreparedCell
+from genescale.serving.answering.intake import Intake
+from genescale.serving.answering.passes import Comparison, furthest_genes
+from genescale.serving.answering.published_states import PublishedState, StateKey, named_vector
+from genescale.serving.answering.questions import Sent, read_question
+from genescale.serving.forms.arrow_shifts import render_arrow
+from genescale.serving.forms.media import ARROW_TYPE
 from genescale.serving.problems import JSON_TYPE
-from genescale.serving.published_states import PublishedState, StateKey, named_vector
-from genescale.serving.questions import Sent, read_question
 from genescale.serving.schemas import HeadFacts, Pooling, Timings
 from genescale.serving.schemas_perturb import (
     EditAnswered,

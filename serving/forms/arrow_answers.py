@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 from pydantic import BaseModel
 
-from genescale.serving.arrow_cells import METADATA_KEY
-from genescale.serving.cells import PreparedCell
+from genescale.serving.answering.cells import PreparedCell
+from genescale.serving.forms.arrow_cells import METADATA_KEY
 
 _IGNORED = pa.struct(
     [

@@ -9,8 +9,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from genescale.platform.errors import did_you_mean
+from genescale.serving.forms.reading import does_not_fit
 from genescale.serving.problems import refused
-from genescale.serving.reading import does_not_fit
 
 Options = TypeVar("Options", bound=BaseModel)
 Parameters = Sequence[tuple[str, str]]

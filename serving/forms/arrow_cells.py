@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 
 from genescale.platform.errors import InputError
-from genescale.serving.arrow_stream import open_stream
-from genescale.serving.cells import CellReader, PreparedCell, check_names_differ
-from genescale.serving.intake import Intake
+from genescale.serving.answering.cells import CellReader, PreparedCell, check_names_differ
+from genescale.serving.answering.intake import Intake
+from genescale.serving.forms.arrow_stream import open_stream
 from genescale.serving.schemas import LARGEST_COUNT, LONGEST_ID, LONGEST_NAME
 
 METADATA_KEY = b"genescale"

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from genescale.serving.arrow_answers import cell_columns, stream_of
-from genescale.serving.cells import PreparedCell
+from genescale.serving.answering.cells import PreparedCell
+from genescale.serving.forms.arrow_answers import cell_columns, stream_of
 from genescale.serving.schemas import CellFacts, ClassifiedGene, ClassifyFacts, HeadFacts
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from genescale.platform.vocabulary import Vocabulary
-from genescale.serving.cells import PreparedCell
-from genescale.serving.passes import Rows
+from genescale.serving.answering.cells import PreparedCell
+from genescale.serving.answering.passes import Rows
 from genescale.serving.schemas import FileFacts, Layer, Output, Pooling
 
 

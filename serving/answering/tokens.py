@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from genescale.serving.arrow_tokens import render_arrow
-from genescale.serving.cells import PreparedCell
-from genescale.serving.intake import Intake
-from genescale.serving.media import ARROW_TYPE
-from genescale.serving.questions import ReadCells, Sent, read_question
+from genescale.serving.answering.cells import PreparedCell
+from genescale.serving.answering.intake import Intake
+from genescale.serving.answering.questions import ReadCells, Sent, read_question
+from genescale.serving.forms.arrow_tokens import render_arrow
+from genescale.serving.forms.media import ARROW_TYPE
 from genescale.serving.schemas import Timings
 from genescale.serving.schemas_tokens import TokenisedCell, TokensAnswered, TokensAsked, TokensFacts, TokensOptions
 
