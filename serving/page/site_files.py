@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 
@@ -20,6 +21,8 @@ MEDIA_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+# Not through importlib.resources: an editable install gives a package without __init__.py a place that it cannot read.
+SITE = Path(__file__).parent / "site"
 PAGES = {"/": "index.html", "/docs": "docs.html"}
 SWAGGER_FILES = ("swagger-ui-bundle.js", "swagger-ui.css")
 ASSETS = "/assets/"
@@ -51,12 +54,11 @@ class SiteFile:
 @cache
 def site_files() -> dict[str, SiteFile]:
     """Every file by its address."""
-    here = files("genescale.serving.page").joinpath("site")
-    assets = [one for one in here.iterdir() if not one.name.endswith(".html")]
+    assets: list[Traversable] = [one for one in SITE.iterdir() if one.suffix != ".html"]
     assets += [files("fastapi_offline").joinpath("static", name) for name in SWAGGER_FILES]
     found = {f"{ASSETS}{one.name}": _site_file(one, POLICY) for one in sorted(assets, key=lambda one: one.name)}
     for path, name in PAGES.items():
-        found[path] = _site_file(here.joinpath(name), DOCS_POLICY if path == "/docs" else POLICY)
+        found[path] = _site_file(SITE / name, DOCS_POLICY if path == "/docs" else POLICY)
     return found
 
 
