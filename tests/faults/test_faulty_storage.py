@@ -154,7 +154,10 @@ def test_the_endpoint_fails_as_told(case: Case, calm: Any) -> None:
         assert len(calm.failed) >= 3
 
 
-@pytest.mark.parametrize(("kind", "share"), [(kind, (i + 0.5) / 6) for i, kind in enumerate(FAULTS)])
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [pytest.param(kind, (i + 0.5) / 6, marks=[pytest.mark.slow] if i % 2 else []) for i, kind in enumerate(FAULTS)],
+)
 def test_one_fault_is_overcome(case: Case, calm: Any, kind: str, share: float) -> None:
     calm.fail(kind, round(0.9 * share * case.requests))
     assert case.check(case.new_corpus()), "a single fault refused a source"

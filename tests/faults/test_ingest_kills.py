@@ -171,7 +171,7 @@ def points(corpus: Path) -> dict[str, Callable[[], bool]]:
     return found
 
 
-QUICK = ("1 parts", "25 parts", "2 commits")
+QUICK = ("1 parts", "2 commits")
 
 
 @pytest.mark.parametrize("point", QUICK)
@@ -200,6 +200,7 @@ def test_the_driver_is_killed_with_the_ray_it_started(case: Case, tmp_path: Path
     case.make_whole(corpus)
 
 
+@pytest.mark.slow
 def test_one_run_is_killed_again_and_again(case: Case, cluster_address: str) -> None:
     """Every run gets a little further; none doubles what an earlier one left."""
     corpus, before = case.new_corpus(), 0

@@ -38,8 +38,9 @@ def by_value() -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_lost_run_goes_on_with_another_number_of_workers_on_the_same_curve(
     ray_local: None,
     tiny_corpus: Corpus,

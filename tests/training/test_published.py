@@ -272,7 +272,9 @@ def test_heads_without_a_counterpart_say_what_would_fit(tmp_path: Path, tiny_bun
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize(("layout", "token_dictionary"), [("V1", "gc30M"), ("V2", "gc104M")])
+@pytest.mark.parametrize(
+    ("layout", "token_dictionary"), [("V1", "gc30M"), pytest.param("V2", "gc104M", marks=pytest.mark.slow)]
+)
 def test_the_command_takes_published_models_in_shows_promotes_and_gives_them_back(
     shared_data: Path,
     tmp_path: Path,

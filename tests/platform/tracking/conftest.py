@@ -31,29 +31,29 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tracked_bundles import make_bundle
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def vocabulary() -> Vocabulary:
     return Vocabulary.build([f"ENSG{i:011d}" for i in range(20)], np.linspace(1, 2, 20), name="tiny")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("bundle") / "b", vocabulary, value=1.0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def other_bundle(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("other") / "b", vocabulary, value=3.0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """SQLite and a folder, both at addresses that need care: a space and a percent sign."""
     folder = tmp_path_factory.mktemp("a b%20c")
     return Settings(tracking=TrackingSettings(uri=f"sqlite:///{folder}/new/m.db", artifact_root=str(folder / "art")))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def on_s3(tmp_path_factory: pytest.TempPathFactory, s3_settings: StorageSettings) -> Settings:
     """SQLite, and artefacts in a bucket whose endpoint and keys only the settings know."""
     Store(s3_settings).create_bucket("s3://tracked")
@@ -61,7 +61,7 @@ def on_s3(tmp_path_factory: pytest.TempPathFactory, s3_settings: StorageSettings
     return Settings(storage=s3_settings, tracking=TrackingSettings(uri=uri, artifact_root="s3://tracked/runs"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def on_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """An MLflow server that hands out artefacts itself."""
     folder = tmp_path_factory.mktemp("server")
@@ -128,6 +128,6 @@ def model(request: pytest.FixtureRequest) -> str:
     return f"M {request.node.name}".replace("[", "-").rstrip("]").replace("/", "-")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def othermake_bundle(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("other") / "b", vocabulary, value=3.0)
