@@ -273,8 +273,7 @@ def _run(
     try:
         yield from answers.iter_rows()
     except Exception as error:
-        # Its frames hold Ray Data's actors, which would keep their processors for as long as somebody keeps the error.
-        traceback.clear_frames(error.__traceback__)
+        _let_go(error)
         raise original_error(error) from error
 
 
@@ -318,6 +317,19 @@ class _UnitFiles:
         strings = [*IDENTITY_COLUMNS[:2], *METADATA_COLUMNS]
         pq.write_table(table, sink, compression="zstd", use_dictionary=strings, write_page_checksum=True)
         return sink.getvalue()
+
+
+def _let_go(error: BaseException) -> None:
+    """Part an error of Ray Data from the frames it passed through.
+
+    They hold Ray Data's actors, which would keep their processors for as long as somebody keeps the error. Frames that
+    have ended are emptied; one in a thread that still runs cannot be, so nothing may point to it either.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
 
 
 def original_error(error: BaseException) -> BaseException:
