@@ -158,9 +158,9 @@ class Comparison:
         self._references = {key: kept for key, kept in self._references.items() if key[0] >= first}
         missing = {v.baseline_key: v.edit.baseline for v in chunk if v.baseline_key not in self._references}
         keys, cells = list(missing), list(missing.values())
-        probabilities = _placed_rows(self._probabilities(self._probed_apart(cells)), len(cells))
+        probabilities = _placed_rows(self._probabilities(self._probed_apart(cells), cells), len(cells))
         for found in self.embedder.hidden_of_layers(cells, self._layers) if cells else ():
-            answers = self._probabilities([(found[0].cells, self._probed(found[-1]))]) if self._shared else []
+            answers = self._probabilities([(found[0].cells, self._probed(found[-1]))], cells) if self._shared else []
             for at, rows_c in (pair for at_n, rows_nc in answers for pair in zip(at_n, rows_nc, strict=True)):
                 probabilities[at] = rows_c
             for (at, hidden_td), one in zip(found[0].per_cell(), _apart(found[0]), strict=True):
@@ -211,9 +211,13 @@ class Comparison:
         found = self.head.embedder.hidden(cells, layer=self.head.specs[0].layer)
         return [(one.cells, self._probed(one)) for one in found]
 
-    def _probabilities(self, probed: Placed) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _probabilities(self, probed: Placed, cells: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the head says of each of these vectors; `cells` are those that the places in `probed` count."""
+        if self.head is None:
+            return []
+        answer = self.head.heads[0].answer
         # Batch by batch: a matrix product of several rows has other last bits than that of one.
-        return [(at_n, self.head.heads[0].answer(rows_nd.cpu().numpy())) for at_n, rows_nd in probed if self.head]
+        return [(at_n, answer(rows_nd.cpu().numpy(), [cells[at] for at in at_n])) for at_n, rows_nd in probed]
 
     # --- on the host -------------------------------------------------------------------------------------------------
 
@@ -249,7 +253,8 @@ class Comparison:
         """(n, c) float64."""
         if self.head is None:
             return np.zeros((len(launched.chunk), 0))
-        rows = _placed_rows(self._probabilities(launched.probed_nd), len(launched.chunk))
+        cells = [variant.edit.tokens for variant in launched.chunk]
+        rows = _placed_rows(self._probabilities(launched.probed_nd, cells), len(cells))
         before = [reference.probabilities_c for reference in launched.references]
         return np.stack(rows).astype(np.float64) - np.stack(before)  # type: ignore[arg-type]
 

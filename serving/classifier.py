@@ -33,7 +33,10 @@ class ServedHeads:
             return self._classify_genes(cells, genes)
         rows_nd = self._embedder.embed_cells(cells, layer=self._spec.layer, pooling=self._spec.pooling)
         found = [
-            np.concatenate([head.answer(row_1d) for row_1d in np.split(rows_nd, len(cells))]) for head in self._heads
+            np.concatenate(
+                [head.answer(row_1d, [cell]) for row_1d, cell in zip(np.split(rows_nd, len(cells)), cells, strict=True)]
+            )
+            for head in self._heads
         ]
         return Classified(tokens_r=np.zeros(0, dtype=np.int64), answers=tuple(found))
 

@@ -42,7 +42,10 @@ def head_on(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return HeadModel(embedder=embedder, heads=(LinearHead(spec).eval(),))
+        head = LinearHead(spec).eval()
+        if spec.genes:
+            head.gene_weights_vc.normal_()
+        return HeadModel(embedder=embedder, heads=(head,))
 
 
 def probabilities(head: HeadModel, cell: np.ndarray) -> np.ndarray:
@@ -91,13 +94,15 @@ def test_every_state_has_its_own_shift_and_the_goal_is_one_of_them(framed: Embed
     assert gone.state_shifts == (None, None, None)
 
 
+@pytest.mark.parametrize("genes", [False, True], ids=["", "with weights of genes"])
 @pytest.mark.parametrize("pooling", ["mean_genes", "cls"])
 @pytest.mark.parametrize("layer", ["last", "second_to_last"])
 def test_class_changes_are_differences_of_what_the_head_predicts(
-    framed: Embedder, make_cell: MakeCell, layer: Layer, pooling: HeadPooling
+    framed: Embedder, make_cell: MakeCell, layer: Layer, pooling: HeadPooling, genes: bool
 ) -> None:
     """Whatever layer the shift is read from: both come from one run of the encoder."""
-    head, cell = head_on(framed, layer=layer, pooling=pooling), make_cell(framed.vocabulary, [5, 6, 7, 8])
+    head = head_on(framed, layer=layer, pooling=pooling, genes=framed.vocabulary.size if genes else 0)
+    cell = make_cell(framed.vocabulary, [5, 6, 7, 8])
     readouts = Readouts(head=head)
     answers = perturb_cell(framed, cell, [deletion(framed, 6), deletion(framed, 30)], readouts=readouts)
     before, after = probabilities(head, cell), probabilities(head, make_cell(framed.vocabulary, [5, 7, 8]))
@@ -115,7 +120,8 @@ def test_a_head_on_another_encoder_reads_its_own(
     framed: Embedder, short_bundle: Bundle, framed_bundle: Bundle, make_cell: MakeCell
 ) -> None:
     other = Embedder.load(short_bundle, device="cpu")
-    head, cell = head_on(other, layer="last"), make_cell(framed.vocabulary, [5, 6, 7, 8])
+    head = head_on(other, layer="last", genes=other.vocabulary.size)
+    cell = make_cell(framed.vocabulary, [5, 6, 7, 8])
     (answer,) = perturb_cell(framed, cell, [deletion(framed, 6)], readouts=Readouts(head=head))
     before, after = probabilities(head, cell), probabilities(head, make_cell(framed.vocabulary, [5, 7, 8]))
     assert answer.class_changes == tuple(after - before)

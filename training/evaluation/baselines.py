@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.errors import GenescaleError, SettingsError
@@ -21,6 +20,7 @@ from genescale.training.evaluation.baselines_features import FEATURE_NAMES, Feat
 from genescale.training.evaluation.baselines_models import CLASSIFIERS, REGRESSORS, TREES, Part, fit_and_predict
 from genescale.training.evaluation.measures import Evaluation, measure
 from genescale.training.evaluation.predictions import Predictions
+from genescale.training.labels.selection import at_most
 
 if TYPE_CHECKING:
     from genescale.training.fitting.task import Task
@@ -164,7 +164,7 @@ def _predicted(
     tests, answers, folds, facts = [], [], [], []
     for fold, split in enumerate(task.folds.splits):
         train, validation, test = (part[known_u[part]] for part in (split.train, split.validation, split.test))
-        train = _capped(train, targets_u, bool(classes), config)
+        train = at_most(train, config.max_train_units, config.seed, classes_of=targets_u if classes else None)
         answer = fit_and_predict(
             name,
             Part(features_uk=features_uk[train], targets_u=targets_u[train]),
@@ -194,19 +194,3 @@ def _predicted(
         predicted_u=None if classes else values,
     )
     return predictions, facts
-
-
-def _capped(
-    train: npt.NDArray[np.int64], targets_u: npt.NDArray[Any], by_class: bool, config: BaselineConfig
-) -> npt.NDArray[np.int64]:
-    """At most `max_train_units` of the training units, of every class its share and at least one, in rising order."""
-    if len(train) <= config.max_train_units:
-        return train
-    shuffled = np.random.default_rng(config.seed).permutation(train)
-    if not by_class:
-        return np.sort(shuffled[: config.max_train_units])
-    share, kept = config.max_train_units / len(train), []
-    for code in np.unique(targets_u[train]):
-        members = shuffled[targets_u[shuffled] == code]
-        kept.append(members[: max(1, int(share * len(members)))])
-    return np.sort(np.concatenate(kept))

@@ -93,6 +93,9 @@ class FinetuneConfig:
     """Of the hidden layers; published classifiers use tanh."""
     dropout: float = 0.1
     """Dropout of the head."""
+    gene_weights: bool = False
+    """Beside the network, a weight for each gene and class: a linear model on which genes a cell has, fitted by itself
+    once the network is; the answer is the mean of both logits."""
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced` weighs a class by the inverse of its training examples."""
     label_smoothing: float = 0.0
@@ -207,6 +210,13 @@ class FinetuneConfig:
             if missing:
                 what, fix = fixes[name].split("|")
                 raise SettingsError(what, where=name, fix=fix)
+        numbers = any(target.kind == "number" for target in self.targets)
+        if self.gene_weights and (self.unit == "genes" or numbers or self.head == "nearest"):
+            raise SettingsError(
+                "only networks that tell classes of cells apart have weights of genes beside them.",
+                where="gene_weights",
+                fix="Set gene_weights = false.",
+            )
         if self.unit == "genes" and (self.tasks or self.kind == "number"):
             raise SettingsError(
                 "genes have one label of classes.",

@@ -2,6 +2,8 @@
 
 Axis suffixes: `r` rows, `u` units, `d` width, `c` classes.
 
+Weights of genes, where they are wanted, are fitted after the network of each fold, on the same parts.
+
 With one split the bundle's fit is the one that was measured. With several folds no fit has seen all units, so one more
 is made: of heads alone on all units, for the median of the folds' best epochs; with an encoder that is trained, on all
 but one validation part, which chooses the epoch.
@@ -11,10 +13,11 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 
 import numpy as np
 
@@ -38,6 +41,7 @@ from genescale.training.fitting.frozen import (
     predictions_of,
     whole_reference,
 )
+from genescale.training.fitting.gene_weights import with_gene_weights
 from genescale.training.fitting.task import Task
 from genescale.training.fitting.vectors import PRECISIONS, embed_rows
 
@@ -73,17 +77,25 @@ class Source:
         """Tokens of the cells with these global indices."""
         return self.corpus.tokens(index_n.tolist())
 
+    def genes(self, examples: Examples, config: FinetuneConfig) -> list[np.ndarray] | None:
+        """Tokens of the cell behind each row, where heads with weights of genes want them."""
+        return self.cells_of(examples.index_n[examples.row_cell_r]) if config.gene_weights else None
+
 
 def frozen_folds(
     source: Source, task: Task, vectors_rd: np.ndarray, config: FinetuneConfig, progress: Progress
 ) -> Folded:
     """Fit and predict every fold on the vectors (r, d) of the task's rows."""
-    fits, parts, usual = [], [], []
+    fits, parts, usual, penalties = [], [], [], []
     heads = range(len(task.specs))
     for fold, split in enumerate(task.folds.splits):
         fitted = fit_frozen(task, vectors_rd, config, fold, on_epoch=_shown(task, fold, config, progress))
+        train, validation, test = (task.examples.take(part) for part in (split.train, split.validation, split.test))
+        fitted, chosen = _with_genes(source, fitted, train, validation, config)
         fits.append(fitted)
-        said = [predict_units(fitted, task, vectors_rd, split.test, head=head, fold=fold) for head in heads]
+        penalties.append(chosen)
+        ask = partial(predict_units, fitted, task, vectors_rd, split.test, fold=fold, cells=source.genes(test, config))
+        said = [ask(head=head) for head in heads]
         usual.append([fold_reference(task, vectors_rd, head, fold) for head in heads])
         unlike = [held_out_scores(task, vectors_rd, head, fold, usual=usual[-1][head]) for head in heads]
         parts.append([replace(one, out_of_distribution_u=scores) for one, scores in zip(said, unlike, strict=True)])
@@ -93,6 +105,7 @@ def frozen_folds(
         references = [whole_reference(task, vectors_rd, [of[head] for of in usual], head) for head in heads]
         epochs = median_epoch(fits)
         final = fit_units(task, vectors_rd, config, np.arange(task.n_units), epochs=epochs)
+        final, _ = _with_genes(source, final, task.examples, None, config, penalties)
         fitted_on = f"{task.n_units:,} {task.unit} of all folds, for {epochs} epochs, the median of the folds' best"
     return Folded(
         fits=tuple(fits),
@@ -118,12 +131,8 @@ def encoder_folds(source: Source, task: Task, config: FinetuneConfig, progress: 
         test = examples.take(split.test)
         vectors_rd = tuned_vectors(source, tuned, test, config)
         fits.append(fitted)
-        parts.append(
-            [
-                predictions_of(task, head.answer(vectors_rd), test, number, fold)
-                for number, head in enumerate(fitted.heads)
-            ]
-        )
+        answers = [head.answer(vectors_rd, source.genes(test, config)) for head in fitted.heads]
+        parts.append([predictions_of(task, answers_rc, test, head, fold) for head, answers_rc in enumerate(answers)])
     final, fitted_on = fits[0], "train part"
     if task.n_folds > 1:
         kept = task.folds.splits[0].validation
@@ -138,6 +147,25 @@ def encoder_folds(source: Source, task: Task, config: FinetuneConfig, progress: 
         weights={**source.bundle.weights(), **weights},
         note=_note(task, fitted_on),
     )
+
+
+def _with_genes(
+    source: Source,
+    fitted: Fitted,
+    train: Examples,
+    validation: Examples | None,
+    config: FinetuneConfig,
+    by_fold: Sequence[Sequence[float]] = (),
+) -> tuple[Fitted, tuple[float, ...]]:
+    """The fit with weights of genes, where `config` wants them, and each head's penalty.
+
+    by_fold: the penalties that were chosen in the folds, for a fit without validation cells.
+    """
+    if not config.gene_weights:
+        return fitted, ()
+    chosen = [(median_low(of_head),) for of_head in zip(*by_fold, strict=True)]
+    heads, penalties = with_gene_weights(fitted.heads, source.corpus, train, validation, config, chosen)
+    return replace(fitted, heads=heads), penalties
 
 
 def tuned_vectors(
@@ -182,7 +210,7 @@ def _fit(
     name: str,
     on_epoch: OnEpoch,
 ) -> tuple[Fitted, dict[str, np.ndarray]]:
-    return fit_encoder(
+    fitted, weights = fit_encoder(
         source.bundle,
         source.cells_of,
         train,
@@ -195,6 +223,8 @@ def _fit(
         on_epoch=on_epoch,
         workers=config.workers,
     )
+    fitted, _ = _with_genes(source, fitted, train, validation, config)
+    return fitted, weights
 
 
 def _joined(parts: list[list[Predictions]]) -> tuple[Predictions, ...]:

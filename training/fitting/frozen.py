@@ -51,11 +51,21 @@ def fit_units(task: Task, vectors_rd: np.ndarray, config: FinetuneConfig, units:
 
 
 def predict_units(
-    fitted: Fitted, task: Task, vectors_rd: np.ndarray, units: np.ndarray, *, head: int = 0, fold: int = 0
+    fitted: Fitted,
+    task: Task,
+    vectors_rd: np.ndarray,
+    units: np.ndarray,
+    *,
+    head: int = 0,
+    fold: int = 0,
+    cells: Sequence[np.ndarray] | None = None,
 ) -> Predictions:
-    """What one head says of these units; a gene's answer is the mean over its rows, with their spread."""
-    rows = task.examples.rows_of(units)
-    return predictions_of(task, fitted.heads[head].answer(vectors_rd[rows]), task.examples.take(units), head, fold)
+    """What one head says of these units; a gene's answer is the mean over its rows, with their spread.
+
+    cells: tokens of the cell behind each of the units' rows, for a head with weights of genes.
+    """
+    answers_rc = fitted.heads[head].answer(vectors_rd[task.examples.rows_of(units)], cells)
+    return predictions_of(task, answers_rc, task.examples.take(units), head, fold)
 
 
 def predictions_of(task: Task, answers_rc: np.ndarray, examples: Examples, head: int = 0, fold: int = 0) -> Predictions:

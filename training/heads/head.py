@@ -1,7 +1,10 @@
 """The two heads: a small network that is trained, and a vote of nearest labelled examples that is not.
 
 Axis suffixes: `r` or `b` rows (one vector each), `d` width, `c` classes (1 for a number), `k` reference examples,
-`m` neighbours.
+`m` neighbours, `v` genes of the vocabulary by token.
+
+A network may have a weight for each gene and class beside it, a linear model on which genes a cell has; it then answers
+with the mean of both logits.
 
 Both standardise their input with the mean and scale of the training rows: the coordinates of an embedding differ in
 size by orders of magnitude, and without this the small ones never count. A number is learned in standard units too and
@@ -12,12 +15,14 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
+from genescale.platform.errors import InputError
 from genescale.training.heads.spec import HeadSpec
 
 SMALLEST_SCALE = 1e-6
@@ -49,20 +54,25 @@ class Head(nn.Module):
         return (rows_bd - self.mean_d) / self.scale_d
 
     @torch.inference_mode()
-    def answer(self, rows_rd: np.ndarray) -> np.ndarray:
-        """Probabilities (r, c), or numbers (r, 1) in the target's unit, float32; in evaluation mode whatever it was."""
+    def answer(self, rows_rd: np.ndarray, cells: Sequence[np.ndarray] | None = None) -> np.ndarray:
+        """Probabilities (r, c), or numbers (r, 1) in the target's unit, float32; in evaluation mode whatever it was.
+
+        cells: the tokens of the cell behind each row; only a head with weights of genes looks at them, and raises
+        InputError without.
+        """
         was_training, device = self.training, self.mean_d.device
         self.eval()
         answers_rc = np.empty((len(rows_rd), self.spec.outputs), dtype=np.float32)
         step = self._rows_at_once()
         for start in range(0, len(rows_rd), step):
             rows_bd = torch.as_tensor(rows_rd[start : start + step], device=device)
-            answers_rc[start : start + step] = self._answer(rows_bd).cpu().numpy()
+            found = self._answer(rows_bd, None if cells is None else cells[start : start + step])
+            answers_rc[start : start + step] = found.cpu().numpy()
         self.train(was_training)
         return answers_rc
 
     @abstractmethod
-    def _answer(self, rows_bd: torch.Tensor) -> torch.Tensor:
+    def _answer(self, rows_bd: torch.Tensor, cells: Sequence[np.ndarray] | None) -> torch.Tensor:
         """Answers (b, c) of some rows."""
 
     def _rows_at_once(self) -> int:
@@ -74,12 +84,17 @@ class LinearHead(Head):
 
     target_mean_1: torch.Tensor
     target_scale_1: torch.Tensor
+    gene_weights_vc: torch.Tensor
+    gene_bias_c: torch.Tensor
 
     def __init__(self, spec: HeadSpec) -> None:
         super().__init__(spec)
         if spec.kind == "number":
             self.register_buffer("target_mean_1", torch.zeros(1))
             self.register_buffer("target_scale_1", torch.ones(1))
+        if spec.genes:
+            self.register_buffer("gene_weights_vc", torch.zeros(spec.genes, spec.outputs))
+            self.register_buffer("gene_bias_c", torch.zeros(spec.outputs))
         self.dropout = nn.Dropout(spec.dropout)
         widths = [spec.width] + [spec.hidden] * spec.hidden_layers
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
@@ -106,11 +121,24 @@ class LinearHead(Head):
             hidden = self.dropout(activation(layer(hidden)))
         return self.output(hidden)
 
-    def _answer(self, rows_bd: torch.Tensor) -> torch.Tensor:
+    def _answer(self, rows_bd: torch.Tensor, cells: Sequence[np.ndarray] | None) -> torch.Tensor:
         outputs_bc = self(rows_bd)
+        if self.spec.genes:
+            outputs_bc = (outputs_bc + self._of_genes(cells)) / 2
         if self.spec.kind == "number":
             return outputs_bc * self.target_scale_1 + self.target_mean_1
         return torch.softmax(outputs_bc, dim=1)
+
+    def _of_genes(self, cells: Sequence[np.ndarray] | None) -> torch.Tensor:
+        """Logits (b, c) of the linear model on which genes each cell has."""
+        if cells is None:
+            raise InputError(
+                f"the head '{self.spec.label}' has weights of genes, and the genes of the cells are not given.",
+                fix="Ask it about cells, not about vectors.",
+            )
+        tokens = [torch.as_tensor(np.asarray(cell, dtype=np.int64), device=self.mean_d.device) for cell in cells]
+        # Cell by cell, so that a cell's answer does not depend on the cells beside it.
+        return torch.stack([self.gene_weights_vc[token_t].sum(dim=0) for token_t in tokens]) + self.gene_bias_c
 
 
 class NearestHead(Head):
@@ -136,7 +164,7 @@ class NearestHead(Head):
         self.reference_kd = functional.normalize(self.standard(rows), dim=1)
         self.targets_k = torch.from_numpy(np.asarray(targets_r)).to(self.targets_k.dtype)
 
-    def _answer(self, rows_bd: torch.Tensor) -> torch.Tensor:
+    def _answer(self, rows_bd: torch.Tensor, cells: Sequence[np.ndarray] | None) -> torch.Tensor:
         similarity_bk = functional.normalize(self.standard(rows_bd), dim=1) @ self.reference_kd.T
         nearest_bm, which_bm = similarity_bk.topk(min(self.spec.neighbours, len(self.targets_k)), dim=1)
         vote_bm = 1 / (1 - nearest_bm).clamp_min(SMALLEST_DISTANCE)

@@ -62,6 +62,8 @@ def heads_of(bundle: Bundle) -> tuple[Head, ...]:
         raise IntegrityError(f"a '{bundle.kind}' does not hold such heads.", where=where, fix=_REPAIR)
     if len({(spec.layer, spec.pooling, spec.width) for spec in specs}) > 1:
         raise IntegrityError("the heads read different vectors.", where=where, fix=_REPAIR)
+    if any(spec.genes not in (0, bundle.vocabulary.size) for spec in specs):
+        raise IntegrityError("the heads have weights of other genes than the vocabulary.", where=where, fix=_REPAIR)
     return tuple(_filled(spec, _of_head(tensors, number), bundle) for number, spec in enumerate(specs))
 
 

@@ -106,7 +106,7 @@ class HeadModel:
         return tuple(
             CellAnswers(
                 spec=head.spec,
-                answers_nc=head.answer(cells_nd),
+                answers_nc=head.answer(cells_nd, cells),
                 out_of_distribution_n=usual.scores(cells_nd) if usual else None,
             )
             for head, usual in zip(self.heads, references, strict=True)

@@ -110,6 +110,8 @@ def _tensors(head: Head, where: str) -> Tensors:
     spec = head.spec
     if not isinstance(head, LinearHead):
         raise _no_counterpart("it votes among stored examples.", where, "Fit it with head = 'linear'.")
+    if spec.genes:
+        raise _no_counterpart("it has weights of genes.", where, "Fit it with gene_weights = false.")
     if spec.kind == "gene_classes":
         if spec.hidden_layers:
             raise _no_counterpart("the layout for genes is linear, and it has hidden layers.", where, "Set hidden = 0.")

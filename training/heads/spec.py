@@ -45,6 +45,8 @@ class HeadSpec:
     """Labelled examples that vote; type `nearest`."""
     weight: float = 1.0
     """How much an example counts in the loss beside other heads."""
+    genes: int = 0
+    """Size of the vocabulary each gene of which has a weight of its own for every class; 0 means that none has."""
 
     def __post_init__(self) -> None:
         if self.kind == "number":
@@ -52,6 +54,8 @@ class HeadSpec:
                 raise SettingsError("a head that answers a number has no classes.", where=self.label)
         elif len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise SettingsError(f"{len(self.classes)} classes, or one named twice.", fix="A head needs two or more.")
+        if self.genes and (self.type, self.kind) != ("linear", "cell_classes"):
+            raise SettingsError("only linear heads of cell classes have weights of genes.", where=self.label)
         if self.width < 1 or self.hidden < 0 or self.depth < 1 or self.neighbours < 1 or not 0 <= self.dropout < 1:
             raise SettingsError(
                 f"width {self.width}, hidden {self.hidden}, depth {self.depth}, neighbours {self.neighbours}, dropout "
