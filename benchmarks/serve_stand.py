@@ -192,9 +192,9 @@ class Offline:
         list(self._pool.map(_embed, groups))
         return time.perf_counter() - began
 
-    def cell_s(self, cells: Sequence[np.ndarray], repeats: int) -> np.ndarray:
-        """Median seconds of each cell by itself, on one worker."""
-        return np.median(self._pool.submit(_each, cells, repeats).result(), axis=0)
+    def cell_s(self, cells: Sequence[np.ndarray], repeats: int, *, every_s: float = 0.0) -> np.ndarray:
+        """Median seconds of each cell by itself, on one worker: one after the other, or one every so many seconds."""
+        return np.median(self._pool.submit(_each, cells, repeats, every_s).result(), axis=0)
 
     def vectors(self, groups: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
         """What is right, one array per group."""
@@ -227,10 +227,13 @@ def _embed(cells: Sequence[np.ndarray]) -> np.ndarray:
     return found
 
 
-def _each(cells: Sequence[np.ndarray], repeats: int) -> np.ndarray:
+def _each(cells: Sequence[np.ndarray], repeats: int, every_s: float) -> np.ndarray:
     seconds = np.empty((repeats, len(cells)))
+    due = time.perf_counter()
     for repeat in range(repeats):
         for at, cell in enumerate(cells):
+            due += every_s
+            time.sleep(max(0.0, due - time.perf_counter()))
             began = time.perf_counter()
             _embed([cell])
             seconds[repeat, at] = time.perf_counter() - began

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from genescale.platform.errors import ServiceError
@@ -19,7 +20,7 @@ from genescale.serving.answering.intake import Intake
 from genescale.serving.answering.passes import Model
 from genescale.serving.answering.perturbations import Perturbations
 from genescale.serving.answering.published_states import PublishedState, StateKey
-from genescale.serving.answering.questions import Question, ReadCells, Sent, planned
+from genescale.serving.answering.questions import Question, ReadCells, Sent, planned, rendered
 from genescale.serving.answering.tokens import Tokens
 from genescale.serving.config import Limits
 from genescale.serving.problems import JSON_TYPE
@@ -59,7 +60,8 @@ class Answers:
         parsed = time.perf_counter()
         outcome = await self.model.embed([cell.tokens for cell in plan.cells], plan.layer, plan.rows)
         timings = self._timings(began, parsed, outcome.forward_s)
-        return await asyncio.to_thread(self._embeddings.render, plan, outcome.value, timings, wanted)
+        render = partial(self._embeddings.render, plan, outcome.value, timings, wanted)
+        return await rendered(render, outcome.value.size)
 
     async def perturbations(self, sent: Sent, wanted: str = JSON_TYPE) -> bytes:
         """What edits do to cells, in the form `wanted`; raises InputError and ServiceError."""
@@ -78,7 +80,8 @@ class Answers:
         parsed = time.perf_counter()
         outcome = await self.model.classify([cell.tokens for cell in plan.cells], plan.wanted)
         timings = self._timings(began, parsed, outcome.forward_s)
-        return await asyncio.to_thread(self._classifications.render, plan, outcome.value, timings, wanted)
+        render = partial(self._classifications.render, plan, outcome.value, timings, wanted)
+        return await rendered(render, sum(answer.size for answer in outcome.value.answers))
 
     async def ready(self) -> None:
         """Return when the model answers; raises ServiceError when it does not, or not soon."""

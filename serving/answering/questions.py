@@ -29,6 +29,8 @@ from genescale.serving.schemas import Asked, CellAsked, FileFacts
 
 Options = TypeVar("Options", bound=BaseModel)
 Plan = TypeVar("Plan")
+# Work of less than about a millisecond is done where it came in: to change threads and back would take longer.
+SMALL_BODY_BYTES, SMALL_ANSWER_VALUES = 32 * 1024, 2_048
 _FILES = ThreadPoolExecutor(max_workers=1, thread_name_prefix="genescale-files")
 
 
@@ -85,12 +87,17 @@ def read_question(intake: Intake, sent: Sent, whole: type[Asked], options: type[
 
 
 async def planned(plan: Callable[[Sent], Plan], sent: Sent) -> Plan:
-    """What `plan` makes of what was sent, on a thread: reading and ranking are work for a processor.
+    """What `plan` makes of what was sent, on a thread unless it is small: reading and ranking are work for a processor.
 
     Files wait for each other: the HDF5 library does one thing at a time, and each file in memory may unpack to a lot.
     """
     if sent.form != H5AD_TYPE:
-        return await asyncio.to_thread(plan, sent)
+        return plan(sent) if len(sent.body) <= SMALL_BODY_BYTES else await asyncio.to_thread(plan, sent)
     # The thread acts for this request: its tokens go on its key.
     context = contextvars.copy_context()
     return await asyncio.get_running_loop().run_in_executor(_FILES, context.run, plan, sent)
+
+
+async def rendered(render: Callable[[], bytes], n_values: int) -> bytes:
+    """An answer of so many numbers, rendered on a thread unless it is small."""
+    return render() if n_values <= SMALL_ANSWER_VALUES else await asyncio.to_thread(render)
