@@ -65,6 +65,12 @@ def file_parameters(options: type[BaseModel]) -> list[dict[str, Any]]:
     return [*_parameters(options), *_parameters(FileOptions)]
 
 
+def parameter(name: str, where: str, schema: dict[str, Any], what: str = "") -> dict[str, Any]:
+    """A parameter as the OpenAPI document has it; `where` is path, query or header; those of a path are required."""
+    described = {"description": what} if what else {}
+    return {"name": name, "in": where, "required": where == "path", **described, "schema": schema}
+
+
 def _parameters(kind: type[BaseModel]) -> Iterator[dict[str, Any]]:
     for name, schema in kind.model_json_schema()["properties"].items():
         plain = {key: value for key, value in schema.items() if key not in ("title", "description", "examples")}
@@ -73,4 +79,4 @@ def _parameters(kind: type[BaseModel]) -> Iterator[dict[str, Any]]:
             # A parameter is left out where a body says null.
             plain = {**{key: value for key, value in plain.items() if value is not None}, **choices[0]}
         described = f"Of an h5ad body only. {schema.get('description', '')}".strip()
-        yield {"name": name, "in": "query", "required": False, "description": described, "schema": plain}
+        yield parameter(name, "query", plain, described)

@@ -17,7 +17,7 @@ from genescale.serving.gate import Gate
 from genescale.serving.jobs.routes import AS_JOB, JOB_ROUTES, REPEAT, perturbations_as_job
 from genescale.serving.models.routes import MODEL_ROUTES
 from genescale.serving.neighbours.contract import NeighborsAnswered, NeighborsAsked, NeighborsOptions
-from genescale.serving.neighbours.view_routes import REFERENCE_ROUTES
+from genescale.serving.neighbours.view_routes import REFERENCE_ROUTES, neighbors_of
 from genescale.serving.page.site_files import add_site
 from genescale.serving.problems import JSON_TYPE, Problem, RefusedError, problem_of
 from genescale.serving.routing import (
@@ -107,10 +107,7 @@ async def _classify(request: Request) -> Response:
 
 async def _neighbors(request: Request) -> Response:
     """Find the nearest cells of a published reference."""
-    neighbors = services_of(request).neighbors
-    if neighbors is None:
-        raise InputError("this service has no reference.", fix="Ask a service that was started with --index.")
-    return await answer_in_form(request, neighbors.neighbors, CELL_FORMS)
+    return await answer_in_form(request, neighbors_of(request).neighbors, CELL_FORMS)
 
 
 async def _info(request: Request) -> Response:
@@ -119,18 +116,18 @@ async def _info(request: Request) -> Response:
     info = services.answers.info
     if services.models is not None:
         info = info.model_copy(update={"models": services.models.versions.models})
-    return json_answer(info.model_dump_json().encode())
+    return json_answer(info)
 
 
 async def _alive(request: Request) -> Response:
     """The process is alive."""
-    return json_answer(StatusAnswered(status="alive").model_dump_json().encode())
+    return json_answer(StatusAnswered(status="alive"))
 
 
 async def _ready(request: Request) -> Response:
     """The model is loaded, warm and answers."""
     await services_of(request).answers.ready()
-    return json_answer(StatusAnswered(status="ready").model_dump_json().encode())
+    return json_answer(StatusAnswered(status="ready"))
 
 
 async def _problem(request: Request, error: Exception) -> Response:

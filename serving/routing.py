@@ -143,6 +143,7 @@ async def json_body(request: Request) -> bytes:
     return await request.body()
 
 
-def json_answer(body: bytes, *, status: int = 200) -> Response:
-    """An answer whose JSON is rendered already."""
+def json_answer(answered: BaseModel | bytes, *, status: int = 200) -> Response:
+    """An answer in JSON, of a model or of bytes that are rendered already."""
+    body = answered if isinstance(answered, bytes) else answered.model_dump_json().encode()
     return Response(body, status_code=status, media_type=JSON_TYPE)

@@ -171,7 +171,7 @@ def _summary(run: Demo, stages: Sequence[Stage], console: Console, elapsed_s: fl
     from rich.table import Table
 
     from genescale.platform.progress import clock
-    from genescale.serving.demo.plan import MODEL_NAME, settings_file
+    from genescale.serving.demo.plan import settings_file
     from genescale.serving.demo.report import findings
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -192,9 +192,21 @@ def _summary(run: Demo, stages: Sequence[Stage], console: Console, elapsed_s: fl
         f"  settings         {settings}",
         "",
         "go on with (after `source .venv/bin/activate`):",
-        f"  genescale serve models:/{MODEL_NAME}@newest --settings {settings}",
-        f"  genescale corpus show {work / 'object-storage' / 'corpus'}",
-        f"  mlflow ui --backend-store-uri sqlite:///{work / 'mlflow.db'}",
-        f"  python -m webbrowser {work / 'report' / 'report.html'}",
+        *(f"  {command}" for command in _commands(work, settings)),
     ]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _commands(work: Path, settings: Path) -> list[str]:
+    """Commands to go on with, as they are typed."""
+    from genescale.serving.demo.plan import MODEL_NAME
+
+    model, corpus, reference = f"models:/{MODEL_NAME}@newest", work / "object-storage" / "corpus", work / "reference"
+    return [
+        # Without --embeddings: the run's belong to the corpus in the bucket, and this one is a copy of it.
+        f"genescale index {model} --corpus {corpus} --output {reference} --settings {settings}",
+        f"genescale serve {model} --index {reference} --settings {settings}",
+        f"genescale corpus show {corpus}",
+        f"mlflow ui --backend-store-uri sqlite:///{work / 'mlflow.db'}",
+        f"python -m webbrowser {work / 'report' / 'report.html'}",
+    ]

@@ -13,6 +13,7 @@ from starlette.concurrency import iterate_in_threadpool
 from genescale.platform.errors import LimitError
 from genescale.serving.access.scopes import ADMIN, JOBS, allows
 from genescale.serving.answering.questions import Sent
+from genescale.serving.described import parameter
 from genescale.serving.jobs.asking import (
     DEFAULT_PAGE,
     LARGEST_PAGE,
@@ -44,19 +45,19 @@ async def _jobs(request: Request) -> Response:
     """List the jobs of this key, the newest first."""
     limit, before = page_of(request.query_params)
     found = await jobs_of(request).jobs(caller_of(request), limit=limit, before=before)
-    return json_answer(found.model_dump_json().encode())
+    return json_answer(found)
 
 
 async def _job(request: Request) -> Response:
     """Say how a job stands."""
     found = await jobs_of(request).job(caller_of(request), request.path_params["id"])
-    return json_answer(found.model_dump_json().encode())
+    return json_answer(found)
 
 
 async def _cancel_job(request: Request) -> Response:
     """Ask for the end of a job."""
     found = await jobs_of(request).cancel(caller_of(request), request.path_params["id"])
-    return json_answer(found.model_dump_json().encode(), status=202)
+    return json_answer(found, status=202)
 
 
 async def _job_result(request: Request) -> Response:
@@ -65,7 +66,7 @@ async def _job_result(request: Request) -> Response:
     found = await jobs.file(caller_of(request), request.path_params["id"], request.query_params.get("file", ""))
     link = await jobs.link(found)
     if link is not None:
-        answer = json_answer(link.model_dump_json().encode(), status=307)
+        answer = json_answer(link, status=307)
         answer.headers["location"] = link.url
         return answer
     return _streamed(request, jobs, found)
@@ -110,7 +111,7 @@ def _asked(request: Request, sent: Sent) -> Asked:
 
 
 def _begun(job: JobAnswered) -> Response:
-    answer = json_answer(job.model_dump_json().encode(), status=202)
+    answer = json_answer(job, status=202)
     answer.headers["location"] = job.url
     return answer
 
@@ -143,22 +144,19 @@ def _range_of(header: str, size: int) -> tuple[int, int]:
     return start, min(last + 1, size)
 
 
-def _parameter(name: str, where: str, what: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "in": where, "required": where == "path", "description": what, "schema": schema}
-
-
-ID = _parameter("id", "path", "Of the job.", {"type": "string"})
-REPEAT = _parameter(
+TEXT = {"type": "string"}
+ID = parameter("id", "path", TEXT, "Of the job.")
+REPEAT = parameter(
     IDEMPOTENCY_HEADER,
     "header",
-    "A text of the caller's own: the same question under the same key is the same job, however often it is asked.",
     {"type": "string", "minLength": 1, "maxLength": 256},
+    "A text of the caller's own: the same question under the same key is the same job, however often it is asked.",
 )
 PAGE = {"type": "integer", "minimum": 1, "maximum": LARGEST_PAGE, "default": DEFAULT_PAGE}
-LIMIT = _parameter("limit", "query", "Jobs of a page.", PAGE)
-BEFORE = _parameter("before", "query", "`next` of the page before.", {"type": "string"})
-FILE = _parameter("file", "query", "Name of one of the job's `files`; the main one without it.", {"type": "string"})
-FROM = _parameter("Range", "header", "`bytes=N-`, to go on with a download that was cut off.", {"type": "string"})
+LIMIT = parameter("limit", "query", PAGE, "Jobs of a page.")
+BEFORE = parameter("before", "query", TEXT, "`next` of the page before.")
+FILE = parameter("file", "query", TEXT, "Name of one of the job's `files`; the main one without it.")
+FROM = parameter("Range", "header", TEXT, "`bytes=N-`, to go on with a download that was cut off.")
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 CONTENT = {kind.partition(";")[0]: BINARY for kind in TYPE_OF_ENDING.values()}
 FILE_ANSWERS: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from genescale.serving.described import parameter
 from genescale.serving.models.state import MODEL_PARAMETER
 
 CHOOSING = (
@@ -17,13 +18,12 @@ CHOOSING = (
     "/v1/info",
 )
 """Addresses whose answers come from one model."""
-MODEL = {
-    "name": MODEL_PARAMETER,
-    "in": "query",
-    "required": False,
-    "description": "Name of the model that is asked, of those in `/v1/models`; the first one without it.",
-    "schema": {"type": "string"},
-}
+MODEL = parameter(
+    MODEL_PARAMETER,
+    "query",
+    {"type": "string"},
+    "Name of the model that is asked, of those in `/v1/models`; the first one without it.",
+)
 REFUSALS = {"404": "No model has this name, or nothing else is of that name here.", "422": "It is named twice."}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from genescale.platform.errors import InputError
+from genescale.serving.described import parameter
 from genescale.serving.forms.reading import read_body
 from genescale.serving.models.contract import (
     ModelAnswered,
@@ -26,7 +27,7 @@ from genescale.serving.routing import FACTS, QUESTIONS, Route, json_answer, json
 from genescale.serving.services import all_services
 
 MOST_KEYS = 16
-NAME_PARAMETER = {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
+NAME_PARAMETER = {"parameters": [parameter("name", "path", {"type": "string"})]}
 
 
 async def _models(request: Request) -> Response:
@@ -36,15 +37,14 @@ async def _models(request: Request) -> Response:
     rollouts = {served.name: await desk.rollout(served.name) for served in desk.versions.state.names}
     # Put together in one go: what is current may change at any wait.
     models = [_model_answered(desk, served, held, rollouts[served.name]) for served in desk.versions.state.names]
-    return json_answer(ModelsAnswered(models=models, replicas=len(held)).model_dump_json().encode())
+    return json_answer(ModelsAnswered(models=models, replicas=len(held)))
 
 
 async def _model(request: Request) -> Response:
     """Say what answers under one name, and how its last rollout went."""
     desk, name = desk_of(request), _served(request).name
     held, rollout = await desk.held(), await desk.rollout(name)
-    answered = _model_answered(desk, _served(request), held, rollout)
-    return json_answer(answered.model_dump_json().encode())
+    return json_answer(_model_answered(desk, _served(request), held, rollout))
 
 
 async def _rollout(request: Request) -> Response:
@@ -63,7 +63,7 @@ async def _rollout(request: Request) -> Response:
         accept_losses=asked.accept_losses,
     )
     facts = RolloutFacts(**await desk.begin(wanted))
-    return json_answer(RolloutAnswered(model=served.name, rollout=facts).model_dump_json().encode(), status=202)
+    return json_answer(RolloutAnswered(model=served.name, rollout=facts), status=202)
 
 
 def desk_of(request: Request) -> ModelsDesk:

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from genescale.training.model_options import add_model_and_corpus, opened_model
 
+if TYPE_CHECKING:
+    import argparse
+
+    from genescale.serving.neighbours.building import IndexReport
+
+FROM_OPTIONS = (
+    "where",
+    "max_cells",
+    "columns",
+    "layer",
+    "pooling",
+    "search",
+    "apart",
+    "map_cells",
+    "examples",
+    "device",
+    "seed",
+)
 INDEX_EPILOG = """\
 examples:
   genescale index models:/genescale@champion --corpus s3://lake/corpus@12 --columns cell_type,tissue,disease \\
@@ -23,7 +42,36 @@ depends on --seed, answers do not."""
 
 def index(argv: Sequence[str]) -> int:
     """Write an index of a corpus for a model."""
-    from genescale.platform.cli import begin, command_parser
+    from genescale.platform.cli import begin
+
+    arguments, settings = begin(_parser(), argv)
+
+    from genescale.ingestion.corpus import Corpus
+    from genescale.platform.progress import stage
+    from genescale.platform.settings import build
+    from genescale.platform.storage import Store
+    from genescale.serving.neighbours.building import IndexConfig, build_index
+
+    config = build(IndexConfig, {name: getattr(arguments, name) for name in FROM_OPTIONS}, where="options")
+    store = Store(settings.storage)
+    with opened_model(arguments.model, settings) as bundle:
+        corpus = Corpus.open(arguments.corpus, store)
+        with stage("index") as progress:
+            report = build_index(
+                bundle,
+                corpus,
+                out_uri=arguments.output,
+                store=store,
+                config=config,
+                embeddings_uri=arguments.embeddings,
+                progress=progress,
+            )
+    _print_report(report)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from genescale.platform.cli import command_parser
 
     parser = command_parser("index", "Make a reference in which a service finds neighbours.", epilog=INDEX_EPILOG)
     add_model_and_corpus(parser)
@@ -51,35 +99,15 @@ def index(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of drawn cells (default 0)")
-    arguments, settings = begin(parser, argv)
+    return parser
 
-    from genescale.ingestion.corpus import Corpus
-    from genescale.platform.progress import stage
-    from genescale.platform.settings import build
-    from genescale.platform.storage import Store
-    from genescale.serving.neighbours.building import IndexConfig, build_index
+
+def _print_report(report: IndexReport) -> None:
     from genescale.serving.neighbours.index_folder import MAP
 
-    names = ["where", "max_cells", "columns", "layer", "pooling", "search", "apart", "map_cells", "examples"]
-    names += ["device", "seed"]
-    config = build(IndexConfig, {name: getattr(arguments, name) for name in names}, where="options")
-    store = Store(settings.storage)
-    with opened_model(arguments.model, settings) as bundle:
-        corpus = Corpus.open(arguments.corpus, store)
-        with stage("index") as progress:
-            report = build_index(
-                bundle,
-                corpus,
-                out_uri=arguments.output,
-                store=store,
-                config=config,
-                embeddings_uri=arguments.embeddings,
-                progress=progress,
-            )
     made = report.manifest
     print(f"cells    {made.cells:,} of corpus version {made.corpus_version}, {made.search} search")
     for name, count in report.labelled.items():
         print(f"label    {name}: {count:,} cells have one")
     print(f"map      {'of all cells, by UMAP' if MAP in made.files else 'none'}")
     print(f"output   {report.uri} ({report.size_bytes:,} bytes, {made.digest[:12]})")
-    return 0

@@ -8,8 +8,9 @@ import re
 from fastapi import Request, Response
 
 from genescale.platform.errors import InputError
+from genescale.serving.described import parameter
+from genescale.serving.neighbours.answering import NeighborAnswers
 from genescale.serving.neighbours.contract import ExamplesAnswered, MapAnswered
-from genescale.serving.neighbours.viewing import ReferenceView
 from genescale.serving.routing import Route, json_answer
 from genescale.serving.services import services_of
 
@@ -21,19 +22,20 @@ LIMIT = re.compile(r"[1-9][0-9]{0,8}")
 
 async def _reference_map(request: Request) -> Response:
     """Cells of the reference in two dimensions."""
-    return json_answer(await asyncio.to_thread(_view(request).map, _limit(request)))
+    return json_answer(await asyncio.to_thread(neighbors_of(request).view.map, _limit(request)))
 
 
 async def _reference_examples(request: Request) -> Response:
     """A few cells of the reference to ask about."""
-    return json_answer(await asyncio.to_thread(_view(request).examples))
+    return json_answer(await asyncio.to_thread(neighbors_of(request).view.examples))
 
 
-def _view(request: Request) -> ReferenceView:
+def neighbors_of(request: Request) -> NeighborAnswers:
+    """Who finds neighbours for the model that is asked; InputError where it has no reference."""
     neighbors = services_of(request).neighbors
     if neighbors is None:
         raise InputError("this service has no reference.", fix="Ask a service that was started with --index.")
-    return neighbors.view
+    return neighbors
 
 
 def _limit(request: Request) -> int:
@@ -45,13 +47,12 @@ def _limit(request: Request) -> int:
     return int(given[0])
 
 
-LIMIT_PARAMETER = {
-    "name": "limit",
-    "in": "query",
-    "required": False,
-    "description": "Cells that are wanted at most; of a larger reference as many at random, always the same.",
-    "schema": {"type": "integer", "minimum": 1, "maximum": MOST_SHOWN, "default": SHOWN},
-}
+LIMIT_PARAMETER = parameter(
+    "limit",
+    "query",
+    {"type": "integer", "minimum": 1, "maximum": MOST_SHOWN, "default": SHOWN},
+    "Cells that are wanted at most; of a larger reference as many at random, always the same.",
+)
 VIEW_REFUSALS = (401, 403, 422, 429, 500, 503)
 REFERENCE_ROUTES = (
     Route(

@@ -1,4 +1,4 @@
-"""The guides are run as written: every bash block of the first two, in order, in one folder."""
+"""The guides are run as written, block by block: two of them one after the other in one folder, four alone."""
 
 from __future__ import annotations
 

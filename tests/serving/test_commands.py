@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +13,7 @@ from genescale.platform.errors import InputError, SettingsError, UnauthorizedErr
 from genescale.platform.settings import Secret
 from genescale.serving.commands import FROM_OPTIONS, openapi_text, serve, serving_config
 from genescale.serving.config import Limits, ServingConfig
+from tests.serving.real_service import real_service, session_members
 
 if TYPE_CHECKING:
     from genescale.platform.bundle import Bundle
@@ -102,56 +98,19 @@ def test_a_serve_config_file_builds_the_same_application(bundle: Bundle, tmp_pat
 
 
 def test_it_serves_until_it_is_told_to_stop_and_leaves_nothing(bundle: Bundle, tmp_path: Path) -> None:
-    cluster = {"GENESCALE_CLUSTER__NUM_CPUS": "2", "GENESCALE_CLUSTER__TEMP_DIR": str(tmp_path / "ray")}
-    command = [sys.executable, "-m", "genescale.platform.cli", "serve", str(bundle.folder), "--port", "0"]
-    errors = tmp_path / "stderr.txt"
-    with errors.open("w") as stderr:
-        process = subprocess.Popen(
-            [*command, "--api-key-env", "KEYS"],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, **cluster, "KEYS": KEY},
-            start_new_session=True,
-        )
-    try:
-        assert process.stdout is not None
-        said = ""
-        while (line := process.stdout.readline()) and "Ctrl-C" not in line:
-            said += line
-        (url,) = set(re.findall(r"http://127\.0\.0\.1:\d+", said))
-        assert bundle.digest[:12] in said
-        with GenescaleClient(url, api_key=KEY) as client:
+    with real_service([str(bundle.folder), "--api-key-env", "KEYS"], {"KEYS": KEY}, tmp_path) as service:
+        assert bundle.digest[:12] in service.said
+        with GenescaleClient(service.url, api_key=KEY) as client:
             assert client.ready()
             assert client.embeddings([{"GENE1": 2}]).embeddings.shape == (1, 16)
-        with GenescaleClient(url) as stranger, pytest.raises(UnauthorizedError):
+        with GenescaleClient(service.url) as stranger, pytest.raises(UnauthorizedError):
             stranger.info()
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
-        left = session_members(process.pid)
-    finally:
-        # Ray's processes share the session of the command; whatever a failure left of it is ours to end.
-        for pid in session_members(process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == 0, errors.read_text()
+        out = service.stop()
+        left = session_members(service.process.pid)
+    errors = service.errors.read_text()
+    assert service.process.returncode == 0, errors
     assert "stopping" in out
     assert left == []
-    for text in (said, out, errors.read_text()):
+    for text in (service.said, errors):
         assert KEY not in text
         assert "Traceback" not in text
-
-
-def session_members(session: int) -> list[int]:
-    """Running processes of a session, by the fields of /proc that are there without any library."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, *_, member_of = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            except OSError:
-                continue
-            if int(member_of) == session and state != "Z":
-                found.append(int(entry.name))
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from genescale.platform.settings import Settings
 from genescale.serving.config import ServingConfig
 from genescale.serving.models.rollout_command import rollout
 from tests.serving.conftest import write_tiny_bundle
+from tests.serving.load import Load
 from tests.serving.test_models_http import vocabulary
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from genescale.serving.app import RunningService
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
-CELLS = {"cells": [{"counts": {"GENE1": 3, "GENE40": 4}}]}
+CELL = {"GENE1": 3, "GENE40": 4}
+CELLS = {"cells": [{"counts": CELL}]}
 N_CALLERS = 3
 Register = Callable[..., None]
 
@@ -74,42 +75,6 @@ def running(bundles: dict[str, Bundle], register: Register, settings: Settings) 
         yield up
 
 
-class Load:
-    """Callers who ask without pause and without a second try, and what they were answered."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.seen, self._stop = url, [], threading.Event()
-        self.seen: list[tuple[float, int, str]] = []
-        self._threads = [threading.Thread(target=self._ask) for _ in range(N_CALLERS)]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _ask(self) -> None:
-        with httpx.Client(base_url=self.url, timeout=60) as http:
-            while not self._stop.is_set():
-                try:
-                    response = http.post("/v1/embeddings", json=CELLS)
-                except httpx.HTTPError as error:
-                    self.seen.append((time.monotonic(), 0, type(error).__name__))
-                    continue
-                found = response.json()
-                said = found["provenance"]["model"]["version"] if response.is_success else str(found)
-                self.seen.append((time.monotonic(), response.status_code, said))
-
-    def wait_for(self, n: int) -> None:
-        until = len(self.seen) + n
-        while len(self.seen) < until:
-            time.sleep(0.05)
-
-
 def roll(url: str, *arguments: str) -> None:
     assert rollout([*arguments, "--url", url]) == 0
 
@@ -127,7 +92,7 @@ def loaded_on(url: str) -> list[int]:
 def test_versions_change_under_load_without_a_failed_request(running: RunningService) -> None:
     url = running.url
     assert (encoder(url)["version"], encoder(url)["alias"], loaded_on(url)) == ("1", "production", [1, 1])
-    with Load(url) as load:
+    with Load(url=url, cell=CELL, callers=N_CALLERS) as load:
         load.wait_for(20)
         roll(url, "encoder@production")
         promoted = time.monotonic()
@@ -145,9 +110,9 @@ def test_versions_change_under_load_without_a_failed_request(running: RunningSer
         load.wait_for(60)
         roll(url, "encoder", "--back")
         load.wait_for(20)
-    assert Counter(status for _, status, _ in load.seen) == {200: len(load.seen)}
+    assert load.failures == []
     # Requests that were begun before a switch end a moment after it.
-    after = [(at, said) for at, _, said in load.seen]
+    after = load.versions
     assert {said for at, said in after if promoted + 1 < at < promoted + 1.5} <= {"2"}
     assert {said for at, said in after if back + 1 < at < back + 1.5} <= {"1"}
     shares = Counter(said for at, said in after if tried < at < tried + 3)
@@ -166,14 +131,14 @@ def test_a_version_that_cannot_be_had_changes_nothing_and_says_why(
     content[-1] ^= 1
     weights.write_bytes(content)
     url, before = running.url, encoder(running.url)
-    with Load(url) as load:
+    with Load(url=url, cell=CELL, callers=N_CALLERS) as load:
         for target, said in (("encoder@nowhere", "nowhere"), ("encoder/99", "99"), ("encoder@broken", "digest")):
             with pytest.raises(ServiceError, match=said) as caught:
                 roll(url, target)
             assert "nothing changed" in str(caught.value)
             assert str(root) not in str(caught.value)
         load.wait_for(10)
-    assert {status for _, status, _ in load.seen} == {200}
+    assert load.failures == []
     assert {**encoder(url), "rollout": None} == {**before, "rollout": None}
 
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from genescale.platform.settings import StorageSettings
-from tests.serving.contract.real_service import RealService, real_service
+from tests.serving.real_service import RealService, real_service
 
 if TYPE_CHECKING:
     from genescale.ingestion.corpus import Corpus

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,12 @@ import httpx
 import numpy as np
 import pytest
 
-from genescale.client import EmbeddingsAnswer, GenescaleClient
+from genescale.client import GenescaleClient
 from genescale.platform import errors
 from genescale.platform.settings import Settings, StorageSettings, TrackingSettings
 from tests.serving.client_wire import object_of
-from tests.serving.contract.real_service import RealService, command, real_service
+from tests.serving.load import Load
+from tests.serving.real_service import RealService, command, real_service
 
 if TYPE_CHECKING:
     from genescale.ingestion.corpus import Corpus
@@ -208,74 +209,30 @@ def ended(http: httpx.Client, job: str, headers: dict[str, str]) -> dict[str, An
         time.sleep(0.3)
 
 
-@dataclass
-class Load:
-    """Callers that ask without a pause, and never twice."""
-
-    url: str
-    key: str
-    cell: dict[str, float]
-    answers: list[EmbeddingsAnswer] = field(default_factory=list)
-    failures: list[Exception] = field(default_factory=list)
-    done: threading.Event = field(default_factory=threading.Event)
-
-    def run(self) -> None:
-        """Ask until `done`."""
-        with GenescaleClient(self.url, api_key=self.key, attempts=1) as client:
-            while not self.done.is_set():
-                try:
-                    self.answers.append(client.embeddings([self.cell]))
-                except errors.GenescaleError as error:
-                    self.failures.append(error)
-
-    def __enter__(self) -> Load:
-        self.threads = [threading.Thread(target=self.run) for _ in range(2)]
-        for one in self.threads:
-            one.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        for one in self.threads:
-            one.join()
-
-    @property
-    def versions(self) -> list[str]:
-        """Of all answers so far, in the order in which they came."""
-        return [answer.model.version for answer in self.answers]
-
-
 def versions_change(http: httpx.Client, world: World, running: RealService, draw_cell: DrawCell) -> None:
     def roll(*arguments: str, code: int = 0) -> str:
         options = ("--url", running.url, "--api-key-env", "OPS_KEY")
         said = ("serve", "rollout", *arguments, *options)
         return command(*said, environment=world.environment, folder=world.folder, code=code)
 
-    def asked() -> list[str]:
-        """Versions of the next answers."""
-        seen = len(load.answers)
-        before_s = time.monotonic() + 30
-        while len(load.answers) < seen + 20 and time.monotonic() < before_s:
-            time.sleep(0.05)
-        return load.versions[seen + 2 :]
-
-    with Load(running.url, world.keys["web"], draw_cell(3, 30)) as load:
-        assert set(asked()) == {"1"}
+    with Load(url=running.url, key=world.keys["web"], cell=draw_cell(3, 30)) as load:
+        assert load.next_versions(20) == {"1"}
         # The reference belongs to version 1: losing it has to be meant.
         assert "--accept-losses" in roll("encoder@candidate", code=2)
-        assert set(asked()) == {"1"}
+        assert load.next_versions(20) == {"1"}
         roll("encoder@candidate", "--canary", "0.5", "--accept-losses")
-        assert set(asked()) == {"1", "2"}
+        assert load.next_versions(20) == {"1", "2"}
         roll("encoder@candidate", "--accept-losses")
-        assert set(asked()) == {"2"}
+        assert load.next_versions(20) == {"2"}
         roll("encoder", "--back")
-        assert set(asked()) == {"1"}
+        assert load.next_versions(20) == {"1"}
         assert "nosuch" in roll("encoder@nosuch", code=2)
-        assert set(asked()) == {"1"}
+        assert load.next_versions(20) == {"1"}
     assert load.failures == []
-    by_version = {answer.model.version: answer.embeddings for answer in load.answers}
+    answers = [answer for _, answer in load.seen]
+    by_version = {answer.model.version: answer.embeddings for answer in answers}
     assert not np.array_equal(by_version["1"], by_version["2"])
-    for answer in load.answers:
+    for answer in answers:
         assert np.array_equal(answer.embeddings, by_version[answer.model.version])
     headers = {"Authorization": f"Bearer {world.keys['web']}"}
     told = http.get("/v1/models/encoder", headers=headers).json()

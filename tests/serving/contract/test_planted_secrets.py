@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from genescale.platform.settings import Secret, Settings, StorageSettings, TrackingSettings
-from tests.serving.contract.real_service import RealService, command, real_service
+from tests.serving.real_service import RealService, command, real_service
 
 if TYPE_CHECKING:
     from genescale.ingestion.corpus import Corpus

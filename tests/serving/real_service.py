@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.serving.test_commands import session_members
-
 COMMAND = (sys.executable, "-m", "genescale.platform.cli")
 STOP_S = 90.0
 
@@ -52,7 +50,7 @@ def real_service(
 ) -> Iterator[RealService]:
     """The service of these arguments, ready to be asked; whatever is left of it afterwards is ended.
 
-    Ray's session lies in a folder beside `folder`, because the names of its sockets must be short.
+    Ray's session lies below `folder`, whose path must be short: the names of Ray's sockets begin with it.
     """
     sessions, errors = folder / "ray", folder / "stderr.txt"
     cluster = {"GENESCALE_CLUSTER__NUM_CPUS": str(cpus), "GENESCALE_CLUSTER__TEMP_DIR": str(sessions)}
@@ -94,3 +92,17 @@ def command(*arguments: str, environment: Mapping[str, str], folder: Path, code:
     )
     assert done.returncode == code, f"{arguments}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
+
+
+def session_members(session: int) -> list[int]:
+    """Running processes of a session, by the fields of /proc that are there without any library."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, *_, member_of = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue
+            if int(member_of) == session and state != "Z":
+                found.append(int(entry.name))
+    return found
