@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genescale.training.model_options import add_model_and_corpus, opened_model
 
 if TYPE_CHECKING:
+    import argparse
+
     from genescale.platform.storage import Store
     from genescale.training.evaluation.predictions import Predictions
     from genescale.training.labels.concordance import Concordance, Interval
@@ -29,7 +31,42 @@ genes in other cells and says how far the calls agree."""
 
 def predict(argv: Sequence[str]) -> int:
     """Write what a fitted model says of the cells of a corpus, or of genes in them."""
-    from genescale.platform.cli import begin, command_parser
+    from genescale.platform.cli import begin
+
+    arguments, settings = begin(_parser(), argv)
+    _check_numbers(arguments.max_cells, arguments.confidence)
+
+    from genescale.ingestion.corpus import Corpus
+    from genescale.platform.progress import stage
+    from genescale.platform.storage import Store
+    from genescale.training.heads.corpus_answers import check_file, check_uses, compare, predict_corpus
+    from genescale.training.heads.predict import load_heads
+    from genescale.training.labels.selection import select_cells
+
+    store = Store(settings.storage)
+    genes = [name.strip() for name in arguments.genes.split(",") if name.strip()]
+    asked: dict[str, Any] = {"genes": genes, "max_cells": arguments.max_cells, "seed": arguments.seed}
+    with opened_model(arguments.model, settings) as bundle:
+        model, corpus = load_heads(bundle, device=arguments.device), Corpus.open(arguments.corpus, store)
+        check_uses(model, against=bool(arguments.against), annotate=bool(arguments.h5ad))
+        select_cells(corpus, arguments.against)  # a condition that fits no cell ends here
+        if arguments.h5ad:
+            check_file(arguments.h5ad[0], corpus, arguments.where, dataset_id=arguments.dataset_id, store=store)
+        with stage("predict") as progress:
+            found = predict_corpus(model, corpus, where=arguments.where, progress=progress, **asked)
+        agreed = None
+        if arguments.against:
+            with stage("predict against") as progress:
+                other = predict_corpus(model, corpus, where=arguments.against, progress=progress, **asked)
+            agreed = compare(found[0], other[0], confidence=arguments.confidence, seed=arguments.seed)
+    _write(found, agreed, len(genes), Path(arguments.output))
+    if arguments.h5ad:
+        _annotate(found, arguments.h5ad, arguments.dataset_id, store)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from genescale.platform.cli import command_parser
 
     parser = command_parser("predict", "Answer cells, or genes in cells, with a fitted model.", epilog=PREDICT_EPILOG)
     add_model_and_corpus(parser)
@@ -45,52 +82,7 @@ def predict(argv: Sequence[str]) -> int:
     parser.add_argument("--dataset-id", default="", help="dataset of IN in the corpus, when there are several")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of drawn cells (default 0)")
-    arguments, settings = begin(parser, argv)
-
-    import json
-
-    import pyarrow.parquet as pq
-
-    from genescale.ingestion.corpus import Corpus
-    from genescale.platform.progress import stage
-    from genescale.platform.storage import Store
-    from genescale.training.heads.corpus_answers import check_file, check_uses, compare, predict_corpus
-    from genescale.training.heads.predict import load_heads
-    from genescale.training.labels.selection import select_cells
-
-    store, out = Store(settings.storage), Path(arguments.output)
-    drawn = {"max_cells": arguments.max_cells, "seed": arguments.seed}
-    _check_numbers(arguments.max_cells, arguments.confidence)
-    genes = [name.strip() for name in arguments.genes.split(",") if name.strip()]
-    with opened_model(arguments.model, settings) as bundle:
-        model, corpus = load_heads(bundle, device=arguments.device), Corpus.open(arguments.corpus, store)
-        check_uses(model, against=bool(arguments.against), annotate=bool(arguments.h5ad))
-        select_cells(corpus, arguments.against)  # a condition that fits no cell ends here
-        if arguments.h5ad:
-            check_file(arguments.h5ad[0], corpus, arguments.where, dataset_id=arguments.dataset_id, store=store)
-        with stage("predict") as progress:
-            found = predict_corpus(model, corpus, where=arguments.where, genes=genes, progress=progress, **drawn)
-        agreed = None
-        if arguments.against:
-            with stage("predict against") as progress:
-                other = predict_corpus(model, corpus, where=arguments.against, genes=genes, progress=progress, **drawn)
-            agreed = compare(found[0], other[0], confidence=arguments.confidence, seed=arguments.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    for one in found:
-        path = out / f"{one.label.replace('/', '_')}.parquet"
-        pq.write_table(one.table(), path)
-        _print_predictions(one)
-        if len(one) < len(genes):
-            print(
-                f"left out     {len(genes) - len(one):,} of the genes asked for: in none of the cells, or named twice"
-            )
-        print(f"written      {path}")
-    if agreed is not None:
-        (out / "concordance.json").write_text(json.dumps(agreed.to_dict(), indent=1), encoding="utf-8")
-        _print_concordance(agreed)
-    if arguments.h5ad:
-        _annotate(found, arguments.h5ad, arguments.dataset_id, store)
-    return 0
+    return parser
 
 
 def _check_numbers(max_cells: int, confidence: float) -> None:
@@ -100,6 +92,25 @@ def _check_numbers(max_cells: int, confidence: float) -> None:
         raise SettingsError(f"{max_cells} cells cannot be drawn.", where="--max-cells", fix="Give 0 for all cells.")
     if not 0 <= confidence <= 1:
         raise SettingsError(f"{confidence} is no probability.", where="--confidence", fix="Give a number from 0 to 1.")
+
+
+def _write(found: Sequence[Predictions], agreed: Concordance | None, n_asked: int, out: Path) -> None:
+    """Write and print the answers of every head, and how two sets of cells agree; `n_asked` genes were named."""
+    import json
+
+    import pyarrow.parquet as pq
+
+    out.mkdir(parents=True, exist_ok=True)
+    for one in found:
+        path = out / f"{one.label.replace('/', '_')}.parquet"
+        pq.write_table(one.table(), path)
+        _print_predictions(one)
+        if len(one) < n_asked:
+            print(f"left out     {n_asked - len(one):,} of the genes asked for: in none of the cells, or named twice")
+        print(f"written      {path}")
+    if agreed is not None:
+        (out / "concordance.json").write_text(json.dumps(agreed.to_dict(), indent=1), encoding="utf-8")
+        _print_concordance(agreed)
 
 
 def _print_predictions(found: Predictions) -> None:

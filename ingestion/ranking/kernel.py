@@ -86,29 +86,13 @@ def rank_rows(
     """
     check_structure(rows)
     table_g = gene_numbers(genes, vocabulary)
-    framed = vocabulary.cls is not None and vocabulary.eos is not None
-    capacity = (vocabulary.window if window is None else window) - 2 * framed
+    frame_t = _frame(vocabulary)
+    capacity = (vocabulary.window if window is None else window) - len(frame_t)
     if capacity < 1:
-        raise LimitError(f"a window of {window} tokens holds no gene.", fix=f"Use at least {2 * framed + 1}.")
-    n, dtype = len(rows.indptr_n) - 1, np.dtype(vocabulary.token_dtype)
+        raise LimitError(f"a window of {window} tokens holds no gene.", fix=f"Use at least {len(frame_t) + 1}.")
     stored_n, most = np.diff(rows.indptr_n), exact_limit(rows.values_z.dtype)
-    room = int(np.minimum(stored_n, capacity).sum()) + 2 * framed * n
-    found = RankedRows(
-        tokens_t=np.empty(room, dtype=dtype),
-        offsets_n=np.zeros(n + 1, dtype=np.int64),
-        totals_n=np.zeros(n),
-        n_genes_n=np.zeros(n, dtype=np.int32),
-        mito_n=np.zeros(n),
-        cropped_n=np.zeros(n, dtype=np.bool_),
-        content_hash_n=np.zeros(n, dtype=np.int64),
-        faults_n=np.zeros(n, dtype=np.uint8),
-        counts_by_fate=np.zeros(_MOST_FATES),
-        explicit_zeros=0,
-        repeated_entries=0,
-        n_values=0,
-        n_ones=0,
-        largest_count=0.0,
-    )
+    room = int(np.minimum(stored_n, capacity).sum()) + len(frame_t) * len(stored_n)
+    found = _unfilled(len(stored_n), np.empty(room, dtype=frame_t.dtype))
     sums = np.zeros(4, dtype=np.int64)
     largest = rank_cells(
         np.ascontiguousarray(rows.indptr_n, dtype=np.int64),
@@ -120,7 +104,7 @@ def rank_rows(
         vocabulary.medians_t,
         near_factors(vocabulary),
         capacity,
-        np.array([vocabulary.cls, vocabulary.eos] if framed else [], dtype=dtype),
+        frame_t,
         int(stored_n.max(initial=0)),
         found.tokens_t,
         found.offsets_n,
@@ -142,6 +126,32 @@ def rank_rows(
         n_values=int(sums[2]),
         n_ones=int(sums[3]),
         largest_count=float(largest),
+    )
+
+
+def _frame(vocabulary: Vocabulary) -> npt.NDArray[Any]:
+    """The tokens (t) before and after the genes of each cell: two, or none."""
+    framed = vocabulary.cls is not None and vocabulary.eos is not None
+    return np.array([vocabulary.cls, vocabulary.eos] if framed else [], dtype=vocabulary.token_dtype)
+
+
+def _unfilled(n: int, tokens_t: npt.NDArray[Any]) -> RankedRows:
+    """What the sweep writes into, for `n` cells."""
+    return RankedRows(
+        tokens_t=tokens_t,
+        offsets_n=np.zeros(n + 1, dtype=np.int64),
+        totals_n=np.zeros(n),
+        n_genes_n=np.zeros(n, dtype=np.int32),
+        mito_n=np.zeros(n),
+        cropped_n=np.zeros(n, dtype=np.bool_),
+        content_hash_n=np.zeros(n, dtype=np.int64),
+        faults_n=np.zeros(n, dtype=np.uint8),
+        counts_by_fate=np.zeros(_MOST_FATES),
+        explicit_zeros=0,
+        repeated_entries=0,
+        n_values=0,
+        n_ones=0,
+        largest_count=0.0,
     )
 
 

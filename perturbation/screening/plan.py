@@ -116,11 +116,7 @@ def make_plan(
     not_controls = tuple(vocabulary.token(gene) for gene in config.edits.not_controls)
     affected = affected_genes(config, vocabulary)
     masked, unknown_masked = masked_tokens(config, vocabulary, store)
-    cells, left_out = chosen.choose_cells(corpus, config.cells)
-    n_special = 0 if vocabulary.cls is None else 2
-    cells = cells.with_columns(n_genes=pl.col("length").cast(pl.Int32) - n_special)
-    if config.edits.refill:
-        _check_whole(corpus, cells)
+    cells, left_out = _chosen_cells(corpus, config)
     n_controls = config.edits.n_controls
     needs_detection = n_controls > 0 or config.edits.top > 0
     detected_v = chosen.detection(corpus, cells["cell"].to_numpy()) if needs_detection else np.zeros(0, dtype=np.int64)
@@ -131,15 +127,9 @@ def make_plan(
     passes_n, hidden_n = masked_passes(masked, corpus, cells["cell"].to_numpy())
     if config.two_pass is not None:
         changed_n = _chosen_of_cells(config.two_pass, asked_n)
-    length_n = cells["length"].to_numpy().astype(np.int64)
-    own_n = length_n * (_once(config) + passes_n)
-    per_edit_n = length_n * (1.0 + passes_n) * (1.0 + n_controls) * changed_n / np.maximum(asked_n, 1)
+    own_n, per_edit_n = _costs(config, cells, asked_n, changed_n, passes_n)
     size = tokens_per_unit or config.compute.tokens_per_unit
     size = size or auto_tokens_per_unit(int((own_n + per_edit_n * asked_n).sum()), on_gpu=on_gpu)
-    unknown = {
-        "genes of sets, not in the vocabulary": sum(len(names) for names in edits.left_out.values()),
-        "genes of masked_genes, not in the vocabulary": unknown_masked,
-    }
     return Plan(
         cells=cells.with_columns(
             n_changed=pl.Series(changed_n, dtype=pl.Int64),
@@ -156,14 +146,44 @@ def make_plan(
         two_pass=config.two_pass,
         seed=config.cells.seed,
         tokens_per_unit=size,
-        left_out={**left_out, **{why: n for why, n in unknown.items() if n}},
+        left_out={**left_out, **_unknown_genes(edits, unknown_masked)},
         identity=_identity(bundle, corpus, config, edits, masked, origin or {}),
     )
+
+
+def _chosen_cells(corpus: Corpus, config: ScreenConfig) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The chosen cells with the genes of each, and the cells left out, by reason; InputError as `_check_whole` says."""
+    cells, left_out = chosen.choose_cells(corpus, config.cells)
+    n_special = 0 if corpus.vocabulary.cls is None else 2
+    cells = cells.with_columns(n_genes=pl.col("length").cast(pl.Int32) - n_special)
+    if config.edits.refill:
+        _check_whole(corpus, cells)
+    return cells, left_out
+
+
+def _costs(
+    config: ScreenConfig, cells: pl.DataFrame, asked_n: np.ndarray, changed_n: np.ndarray, passes_n: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens through the encoder that each cell (n) takes whatever is edited, and with each of its edits."""
+    length_n = cells["length"].to_numpy().astype(np.int64)
+    own_n = length_n * (_once(config) + passes_n)
+    with_controls = 1.0 + config.edits.n_controls
+    per_edit_n = length_n * (1.0 + passes_n) * with_controls * changed_n / np.maximum(asked_n, 1)
+    return own_n, per_edit_n
 
 
 def _once(config: ScreenConfig) -> int:
     """Passes, in forward passes of the cell, that a cell takes whatever is edited."""
     return 1 if config.two_pass is None else 2 + BACKWARD * config.two_pass.probes
+
+
+def _unknown_genes(edits: EditSet, unknown_masked: int) -> dict[str, int]:
+    """Genes that were named and that the vocabulary lacks, by where they were named."""
+    unknown = {
+        "genes of sets, not in the vocabulary": sum(len(names) for names in edits.left_out.values()),
+        "genes of masked_genes, not in the vocabulary": unknown_masked,
+    }
+    return {why: n for why, n in unknown.items() if n}
 
 
 def check_names(config: ScreenConfig, vocabulary: Vocabulary, store: Store) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,10 +20,7 @@ from genescale.training.engine import TorchEngine
 from genescale.training.loop import Row, RunPlan, train_loop
 from genescale.training.model import EncoderConfig, new_model
 from genescale.training.weights import to_hf
-
-# What several test files import stands beside them.
-sys.path.insert(0, str(Path(__file__).parent))
-from disturbed_runs import CONFIG, Reference
+from tests.training.disturbed_runs import CONFIG, Reference
 
 N_GENES, WINDOW, WIDTH, LAYERS = 200, 128, 32, 2
 CELL_TYPES = ("b_cell", "monocyte", "t_cell")

@@ -6,11 +6,9 @@ import dataclasses
 import json
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,12 @@ from genescale.training.fitting.encoder_model import check_trainable
 from genescale.training.fitting.epochs import Epoch, Fitted
 from genescale.training.fitting.examples import NO_LABEL
 from genescale.training.heads.spec import HeadSpec
+from tests.training.disturbed_runs import DeadlyCorpus
 
 WORKER_FILE = Path(__file__).with_name("deepspeed_fit_worker.py")
 RUNS = ["1:trained", "2:lora"]
+# When this read of a worker is due, the first checkpoint of a fit needs no more of them.
+DEADLY_READ = 11
 SHARED = runpy.run_path(str(WORKER_FILE))
 CONFIG: FinetuneConfig = SHARED["CONFIG"]
 CELLS: HeadSpec = SHARED["CELLS"]
@@ -177,41 +178,16 @@ def test_a_run_folder_in_object_storage(
     assert store.exists(f"{bucket}/fit/finished.json")
 
 
-class DeadlyCorpus:
-    """A corpus whose reader on the first worker is killed with SIGKILL once, when a checkpoint is stored."""
-
-    def __init__(self, corpus: Corpus, home: Path) -> None:
-        self.corpus, self.home, self.reads = corpus, home, 0
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "corpus":  # asked for while unpickling, before there is anything to delegate to
-            raise AttributeError(name)
-        return getattr(self.corpus, name)
-
-    def tokens(self, indices: Sequence[int]) -> list[np.ndarray]:
-        import torch.distributed
-
-        self.reads += 1
-        if self.reads > 10 and torch.distributed.get_rank() == 0 and not (self.home / "died").exists():
-            while not (self.home / "checkpoints" / "ledger.json").exists():
-                time.sleep(0.02)
-            (self.home / "died").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.corpus.tokens(indices)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("encoder", "stage"), [("trained", 3), ("lora", 0)])
 def test_two_workers_of_which_one_is_killed_follow_the_curve_of_one(
     ray_local: None, tiny_bundle: Bundle, tiny_corpus: Corpus, tmp_path: Path, encoder: Any, stage: int
 ) -> None:
-    import ray.cloudpickle
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     config = dataclasses.replace(CONFIG, encoder=encoder, zero_stage=stage, frozen_layers=1, epochs=3)
     alone, expected = fit(tiny_bundle, tiny_corpus, config, rhythm=SHARED["RHYTHM"])
     home, store = tmp_path / "run", Store(StorageSettings())
+    doomed: Any = DeadlyCorpus(tiny_corpus, tmp_path / "died", run=(store, str(home)), rank=0, read=DEADLY_READ)
     told: list[Epoch] = []
     result, weights = fit(
         tiny_bundle,
@@ -220,11 +196,11 @@ def test_two_workers_of_which_one_is_killed_follow_the_curve_of_one(
         workers=2,
         run_home=str(home),
         store=store,
-        corpus=DeadlyCorpus(tiny_corpus, home),
+        corpus=doomed,
         on_epoch=told.append,
         rhythm=SHARED["RHYTHM"],
     )
-    assert (home / "died").exists()
+    assert (tmp_path / "died").exists()
     np.testing.assert_allclose(curve(result), curve(alone), rtol=1e-4)
     assert result.best_epoch == alone.best_epoch
     assert [epoch.number for epoch in told] == [1, 2, 3]

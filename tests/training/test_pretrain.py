@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from disturbed_runs import CONFIG, AwayTracker, DeadlyCorpus, Reference
 
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.bundle import open_bundle
@@ -30,6 +29,7 @@ from genescale.training.engine import OptimizerConfig
 from genescale.training.loop import curve
 from genescale.training.pretrain import PretrainResult, pretrain
 from genescale.training.weights import load_model
+from tests.training.disturbed_runs import CONFIG, AwayTracker, DeadlyCorpus, Reference
 
 
 @pytest.fixture(scope="module", autouse=True)

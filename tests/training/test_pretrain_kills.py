@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import disturbed_runs
 import pytest
-from disturbed_runs import CONFIG, Reference
 
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.settings import Settings
@@ -21,6 +19,8 @@ from genescale.training.cells import CorpusCells
 from genescale.training.engine import TorchEngine
 from genescale.training.loop import RunPlan, curve, train_loop
 from genescale.training.model import new_model
+from tests.training import disturbed_runs
+from tests.training.disturbed_runs import CONFIG, Reference
 
 SETTINGS = """
 [tracking]
@@ -118,8 +118,9 @@ from genescale.training.pretrain import pretrain
 
 shared, folder = runpy.run_path(sys.argv[1]), Path(sys.argv[3])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+# Before there are other nodes: the driver joins any node of its machine, and the one it joined must not be lost.
 ray.init(address=cluster.address, log_to_driver=False)
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 CONFIG = shared["CONFIG"]
 
 

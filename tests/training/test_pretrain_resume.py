@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import ray
-from disturbed_runs import CONFIG, DEADLY_READ, DeadlyCorpus, Reference
 
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.bundle import open_bundle
@@ -30,6 +29,7 @@ from genescale.platform.settings import Settings
 from genescale.platform.storage import Store
 from genescale.training.loop import curve
 from genescale.training.pretrain import pretrain
+from tests.training.disturbed_runs import CONFIG, DEADLY_READ, DeadlyCorpus, Reference
 
 
 @pytest.fixture(scope="module", autouse=True)

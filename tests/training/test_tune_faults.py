@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import ray
-import sweep_driver
 
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.bundle import Bundle
 from genescale.platform.tracking import MlflowTracker, open_tracker
+from tests.training import sweep_driver
 
 
 def trials_in(folder: Path) -> dict[int, Mapping[str, Any]]:

@@ -22,7 +22,7 @@ from genescale.ingestion.corpus import Corpus
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import InputError, IntegrityError, NotFoundError
 from genescale.platform.progress import SILENT, Progress
-from genescale.platform.runs import Tracker
+from genescale.platform.runs import Run, Tracker
 from genescale.platform.storage import Store, join
 from genescale.training.evaluation.baselines import BaselineConfig, measure_baselines
 from genescale.training.evaluation.curve_draws import AGAINST, RELEVANT, Curve, plan_curve
@@ -64,14 +64,11 @@ def learning_curve(
     Needs no Ray, unless the encoder is trained by several workers. Raises CorpusError, InputError or SettingsError
     before any fit when task, cells and model do not fit.
     """
-    from genescale.training.evaluation.curve_report import page
-
     began = time.monotonic()
     curve = plan_curve(bundle, corpus, task, against=config.against, test_cells=config.test_cells, store=store)
     wanted, notes = _wanted(curve, config)
-    model = model or str(bundle.folder)
     provenance = {
-        "model": model,
+        "model": model or str(bundle.folder),
         "bundle_digest": bundle.digest,
         "vocabulary_digest": bundle.vocabulary.digest,
         "corpus": f"{corpus.uri}@{corpus.version}",
@@ -79,21 +76,13 @@ def learning_curve(
     params = {**asdict(config), "task": asdict(task), **provenance}
     with tracker.run(f"curve {task.label}", params=params, tags={"stage": "curve"}) as run:
         maker = _Maker(Source(bundle=bundle, corpus=corpus, store=store), curve, task, config, out_uri)
-        points, computed = [], 0
-        progress.start(len(wanted), "points")
-        for line, cells, seed in wanted:
-            point = maker.stored(line, cells, seed)
-            if point is None:
-                point, computed = maker.made(line, cells, seed), computed + 1
-            points.append(point)
-            progress.advance(1, f"{line}, {cells:,} cells, seed {seed}: {_shown(point)}")
-        lines = curve_lines(points, config, task)
+        points, computed = maker.all(wanted, progress)
         result = CurveResult(
             title=f"Learning curve of {task.label}",
             metric=points[0].metric,
             unit=curve.unit,
             test_units=curve.test_units,
-            lines=lines,
+            lines=curve_lines(points, config, task),
             points=tuple(points),
             notes=(*notes, *_left_out(curve.task), *_missing_baselines(points)),
             config=config,
@@ -103,11 +92,7 @@ def learning_curve(
             reused=len(points) - computed,
             seconds=time.monotonic() - began,
         )
-        files = {PAGE_NAME: page(result), JSON_NAME: json.dumps(result.to_dict(), indent=1, allow_nan=False)}
-        for name, text in files.items():
-            store.write(join(out_uri, name), text.encode())
-            run.log_text(text, f"curve/{name}")
-        run.log_metric_rows(_rows(lines, result.metric))
+        _tell(result, run, out_uri, store)
     return result
 
 
@@ -145,6 +130,18 @@ class _Maker:
             **{name: getattr(config, name) for name in ("against", "baselines", "baseline_features", "test_cells")},
         }
         self._key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def all(self, wanted: Sequence[tuple[str, int, int]], progress: Progress) -> tuple[list[Point], int]:
+        """The points of every (line, cells, seed), and how many of them were not there yet."""
+        points, computed = [], 0
+        progress.start(len(wanted), "points")
+        for line, cells, seed in wanted:
+            point = self.stored(line, cells, seed)
+            if point is None:
+                point, computed = self.made(line, cells, seed), computed + 1
+            points.append(point)
+            progress.advance(1, f"{line}, {cells:,} cells, seed {seed}: {_shown(point)}")
+        return points, computed
 
     def stored(self, line: str, cells: int, seed: int) -> Point | None:
         """The point of an earlier run; None when there is none."""
@@ -252,6 +249,17 @@ def _baselines(
         numbered = [replace(part, fold_u=np.full(len(part), fold)) for fold, part in enumerate(parts)]
         found[name] = measure(joined(numbered), bootstrap=0).estimates()
     return found, not_measured
+
+
+def _tell(result: CurveResult, run: Run, out_uri: str, store: Store) -> None:
+    """Write the page and its numbers into `out_uri`, and log both and the lines to the run."""
+    from genescale.training.evaluation.curve_report import page
+
+    files = {PAGE_NAME: page(result), JSON_NAME: json.dumps(result.to_dict(), indent=1, allow_nan=False)}
+    for name, text in files.items():
+        store.write(join(out_uri, name), text.encode())
+        run.log_text(text, f"curve/{name}")
+    run.log_metric_rows(_rows(result.lines, result.metric))
 
 
 def _left_out(task: Task) -> list[str]:

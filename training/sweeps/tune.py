@@ -15,7 +15,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,11 @@ def tune(
     task = prepare(bundle, corpus, spec.finetune, store=store)
     key = sweep_key(bundle, corpus, spec, task)
     folder = SweepFolder(join(sweep_uri, f"sweep-{key[:16]}"), key, store)
-    runs = folder.open({"spec": asdict(spec), **_origin(bundle, corpus)})
+    origin = _origin(bundle, corpus)
+    runs = folder.open({"spec": asdict(spec), **origin})
     cache_uri = join(sweep_uri, VECTORS)
     inputs = _inputs(bundle, corpus, spec, task, store, embeddings_uri, cache_uri, progress)
-    params = {**_sweep_params(spec), **_origin(bundle, corpus)}
+    params = {**_sweep_params(spec), **origin}
     with one_run(tracker, folder, "sweep", runs.get("sweep", "")).run(
         f"tune {spec.finetune.label}", params=params, tags={"stage": "tune"}
     ) as run:
@@ -116,22 +117,7 @@ def tune(
             progress=progress,
         )
         command = reproducing_command(out / "winner.toml", corpus, model_reference or str(bundle.folder))
-        toml = write_winner(out, best, trials[0], command=command)
-        run.log_params({f"best_{name}": value for name, value in trials[0].sample.items()})
-        run.log_metrics({BEST: trials[0].score or 0.0, **winner.heads[0].evaluation.tracked()})
-        report = write_sweep_report(out, spec, trials, winner, command=command, origin=_origin(bundle, corpus))
-        for path in (toml, report, report.with_suffix(".json")):
-            run.log_file(path, "sweep")
-    return TuneResult(
-        best=best,
-        trials=trials,
-        winner=winner,
-        run_id=run.id,
-        uri=folder.uri,
-        report=report,
-        winner_toml=toml,
-        command=command,
-    )
+        return _told(run, spec, trials, best, winner, out=out, uri=folder.uri, command=command, origin=origin)
 
 
 def sweep_key(bundle: Bundle, corpus: Corpus, spec: TuneSpec, task: Task) -> str:
@@ -223,3 +209,34 @@ def _swept(
             fix="Correct the cause, then delete this folder and run again.",
         )
     return ranked
+
+
+def _told(
+    run: Run,
+    spec: TuneSpec,
+    trials: tuple[Trial, ...],
+    best: FinetuneConfig,
+    winner: FinetuneResult,
+    *,
+    out: Path,
+    uri: str,
+    command: str,
+    origin: Mapping[str, Any],
+) -> TuneResult:
+    """The finished sweep, its files written into `out` and logged to its run."""
+    toml = write_winner(out, best, trials[0], command=command)
+    run.log_params({f"best_{name}": value for name, value in trials[0].sample.items()})
+    run.log_metrics({BEST: trials[0].score or 0.0, **winner.heads[0].evaluation.tracked()})
+    report = write_sweep_report(out, spec, trials, winner, command=command, origin=origin)
+    for path in (toml, report, report.with_suffix(".json")):
+        run.log_file(path, "sweep")
+    return TuneResult(
+        best=best,
+        trials=trials,
+        winner=winner,
+        run_id=run.id,
+        uri=uri,
+        report=report,
+        winner_toml=toml,
+        command=command,
+    )

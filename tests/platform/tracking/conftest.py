@@ -26,9 +26,7 @@ from genescale.platform.tracking import (
     open_tracker,
 )
 from genescale.platform.vocabulary import Vocabulary
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tracked_bundles import make_bundle
+from tests.platform.tracking.tracked_bundles import make_bundle
 
 
 @pytest.fixture(scope="session")
@@ -126,8 +124,3 @@ def tracker(request: pytest.FixtureRequest) -> Tracker:
 def model(request: pytest.FixtureRequest) -> str:
     """A model name of this test's own."""
     return f"M {request.node.name}".replace("[", "-").rstrip("]").replace("/", "-")
-
-
-@pytest.fixture(scope="session")
-def othermake_bundle(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> Bundle:
-    return make_bundle(tmp_path_factory.mktemp("other") / "b", vocabulary, value=3.0)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tracked_bundles import make_bundle, registered
 
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import (
@@ -24,6 +23,7 @@ from genescale.platform.tracking import (
     open_tracker,
 )
 from genescale.platform.vocabulary import Vocabulary
+from tests.platform.tracking.tracked_bundles import make_bundle, registered
 
 
 def test_a_registered_bundle_is_fetched_once(settings: Settings, bundle: Bundle, model: str, tmp_path: Path) -> None:

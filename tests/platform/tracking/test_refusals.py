@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tracked_bundles import FOLDER, registered
 
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import (
@@ -24,6 +23,7 @@ from genescale.platform.tracking import (
     fetch_bundle,
     open_tracker,
 )
+from tests.platform.tracking.tracked_bundles import FOLDER, registered
 
 
 def test_foreign_sources_are_refused(on_disk: Settings, bundle: Bundle, model: str, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tracked_bundles import FOLDER, contents, registered
 
 from genescale.platform.bundle import Bundle
 from genescale.platform.errors import (
@@ -19,6 +18,7 @@ from genescale.platform.tracking import (
     Tracker,
     open_tracker,
 )
+from tests.platform.tracking.tracked_bundles import FOLDER, contents, registered
 
 
 def test_a_registered_bundle_comes_back(tracker: Tracker, bundle: Bundle, model: str, tmp_path: Path) -> None:

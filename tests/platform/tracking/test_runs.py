@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tracked_bundles import contents
 
 from genescale.platform.bundle import Bundle
 from genescale.platform.database import opened_by_one
@@ -28,6 +27,7 @@ from genescale.platform.tracking import (
     Tracker,
     open_tracker,
 )
+from tests.platform.tracking.tracked_bundles import contents
 
 
 def test_a_run_is_gone_on_with(tracker: Tracker) -> None:
