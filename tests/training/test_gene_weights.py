@@ -10,14 +10,14 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from genescale.ingestion.corpus import Corpus
-from genescale.platform.bundle import Bundle
-from genescale.platform.errors import InputError, SettingsError
+from genescale.platform.bundle import Bundle, write_bundle
+from genescale.platform.errors import InputError, IntegrityError, SettingsError
 from genescale.platform.tracking import MemoryTracker
 from genescale.serving.classifier import heads_on
 from genescale.training.evaluation.baselines_features import rank_vectors
 from genescale.training.fitting.finetune import FinetuneConfig, FinetuneResult, finetune
 from genescale.training.heads.head import LinearHead
-from genescale.training.heads.head_files import heads_of
+from genescale.training.heads.head_files import head_files, heads_of
 from genescale.training.heads.predict import HeadModel, load_heads
 from genescale.training.heads.published_heads import export_head
 
@@ -128,3 +128,21 @@ def test_it_has_no_published_layout(fitted: FinetuneResult) -> None:
 def test_where_it_means_nothing_it_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match="gene_weights"):
         dataclasses.replace(BESIDE, **changes)  # type: ignore[arg-type]
+
+
+def test_weights_of_another_vocabulary_are_damage(
+    fitted: FinetuneResult, model: HeadModel, tiny_corpus: Corpus, tmp_path: Path
+) -> None:
+    (head,) = model.heads
+    few = LinearHead(dataclasses.replace(head.spec, genes=7))
+    bundle = write_bundle(
+        tmp_path / "few",
+        kind=fitted.bundle.kind,
+        config=fitted.bundle.config,
+        weights=fitted.bundle.weights(),
+        vocabulary=fitted.bundle.vocabulary,
+        lineage={},
+        extra=head_files([few]),
+    )
+    with pytest.raises(IntegrityError, match="other genes than the vocabulary"):
+        heads_of(bundle)

@@ -112,7 +112,7 @@ def frozen_folds(
         predictions=_joined(parts),
         final=final,
         weights=source.bundle.weights(),
-        note=_note(task, fitted_on),
+        note=_note(task, final, fitted_on),
         references=tuple(references),
     )
 
@@ -145,7 +145,7 @@ def encoder_folds(source: Source, task: Task, config: FinetuneConfig, progress: 
         predictions=_joined(parts),
         final=final,
         weights={**source.bundle.weights(), **weights},
-        note=_note(task, fitted_on),
+        note=_note(task, final, fitted_on),
     )
 
 
@@ -190,10 +190,14 @@ def tuned_vectors(
         return embed_rows(embedder, source.corpus, examples, config)
 
 
-def _note(task: Task, fitted_on: str) -> str:
+def _note(task: Task, final: Fitted, fitted_on: str) -> str:
+    beside = ""
+    if any(head.spec.genes for head in final.heads):
+        beside = " The scores are those of network and weights of genes together, the course of training the network's."
     if task.n_folds == 1:
-        return f"The bundle holds the fit on the {fitted_on}, which was measured on the test part."
-    return f"The bundle holds one more fit, on {fitted_on}. The scores are those of each fold's fit on its test part."
+        return f"The bundle holds the fit on the {fitted_on}, which was measured on the test part.{beside}"
+    measured = f"The scores are those of each fold's fit on its test part.{beside}"
+    return f"The bundle holds one more fit, on {fitted_on}. {measured}"
 
 
 def median_epoch(fits: list[Fitted]) -> int:
