@@ -14,6 +14,7 @@ from genescale.client.jobs import JobsPage as JobsPage
 from genescale.client.progress_bar import ProgressBar as ProgressBar
 from genescale.client.records import CellGenes as CellGenes
 from genescale.client.records import CellReport as CellReport
+from genescale.client.records import CellTokens as CellTokens
 from genescale.client.records import ClassifiedCell as ClassifiedCell
 from genescale.client.records import ClassifiedGene as ClassifiedGene
 from genescale.client.records import ClassifyAnswer as ClassifyAnswer
@@ -32,6 +33,7 @@ from genescale.client.records import NeighborsReference as NeighborsReference
 from genescale.client.records import PerturbationsAnswer as PerturbationsAnswer
 from genescale.client.records import PerturbedCell as PerturbedCell
 from genescale.client.records import Timings as Timings
+from genescale.client.records import TokensAnswer as TokensAnswer
 from genescale.client.records import TopGeneShift as TopGeneShift
 from genescale.client.sources import cells_of as cells_of
 from genescale.client.sync import GenescaleClient as GenescaleClient

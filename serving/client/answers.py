@@ -23,11 +23,13 @@ from genescale.client.records import (
     PerturbationsAnswer,
     PerturbedCell,
     Timings,
+    TokensAnswer,
     edit_of,
     genes_of,
     made,
     model_of,
     report_of,
+    tokens_of,
 )
 
 Json = Mapping[str, Any]
@@ -40,6 +42,16 @@ def embeddings_answer(answer: Json) -> EmbeddingsAnswer:
         # Through float64: the digits of a float32 lead back to its very bits only that way.
         embeddings=np.asarray(vectors, dtype=np.float64).astype(np.float32),
         cells=tuple(report_of(cell) for cell in answer["cells"]),
+        model=model_of(answer["provenance"]),
+        timings_ms=made(Timings, answer["timings_ms"]),
+    )
+
+
+def tokens_answer(answer: Json) -> TokensAnswer:
+    """What `/v1/tokens` answered."""
+    return TokensAnswer(
+        cells=tuple(tokens_of(cell) for cell in answer["cells"]),
+        window=answer["window"],
         model=model_of(answer["provenance"]),
         timings_ms=made(Timings, answer["timings_ms"]),
     )

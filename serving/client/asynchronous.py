@@ -27,6 +27,7 @@ from genescale.client.records import (
     GeneEmbeddingsAnswer,
     NeighborsAnswer,
     PerturbationsAnswer,
+    TokensAnswer,
 )
 from genescale.client.retries import Outcome, Retries
 from genescale.client.runs import EmbeddingRun, OnProgress, Unusable
@@ -112,6 +113,10 @@ class AsyncGenescaleClient:
         found = await self._embed(source, at_once, layer=layer, pooling=pooling, unusable=unusable, progress=progress)
         write_embeddings(adata, key, found, layer=layer, pooling=pooling, slot=source.slot)
         return found
+
+    async def tokens(self, cells: Sequence[Cell], *, beyond_window: bool = False) -> TokensAnswer:
+        """Each cell ranked and tokenised; arguments as GenescaleClient.tokens."""
+        return await self.ask(questions.tokens(cells, beyond_window=beyond_window))
 
     async def gene_embeddings(self, cells: Sequence[Cell], *, layer: str = LAYER) -> GeneEmbeddingsAnswer:
         """One embedding per gene that the model sees of each cell, in rank order."""

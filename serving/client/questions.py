@@ -15,6 +15,7 @@ from genescale.client.answers import (
     gene_embeddings_answer,
     neighbors_answer,
     perturbations_answer,
+    tokens_answer,
 )
 from genescale.client.cells import Cell, Vector, cell_json, doubles, json_bytes, plain
 from genescale.client.records import (
@@ -23,6 +24,7 @@ from genescale.client.records import (
     GeneEmbeddingsAnswer,
     NeighborsAnswer,
     PerturbationsAnswer,
+    TokensAnswer,
 )
 from genescale.platform.errors import ServiceError
 
@@ -49,6 +51,12 @@ def embeddings(cells: Sequence[Cell], *, layer: str, pooling: str) -> Question[E
     """Which embedding each cell has."""
     body = {"cells": [cell_json(cell) for cell in cells], "layer": layer, "pooling": pooling}
     return posted("/v1/embeddings", body, embeddings_answer)
+
+
+def tokens(cells: Sequence[Cell], *, beyond_window: bool) -> Question[TokensAnswer]:
+    """How each cell is ranked and tokenised."""
+    body = {"cells": [cell_json(cell) for cell in cells], "beyond_window": beyond_window}
+    return posted("/v1/tokens", body, tokens_answer)
 
 
 def gene_embeddings(cells: Sequence[Cell], *, layer: str) -> Question[GeneEmbeddingsAnswer]:

@@ -98,6 +98,30 @@ class GeneEmbeddingsAnswer:
     timings_ms: Timings
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CellTokens:
+    """One cell as the model takes it; its genes stand in rank order."""
+
+    report: CellReport
+    tokens: np.ndarray
+    """`(t,)` int64, with <cls> and <eos> where the model has them; `{"tokens": …}` asks for the same cell."""
+    genes: tuple[str, ...]
+    """Gene ids, without <cls> and <eos>."""
+    symbols: tuple[str, ...]
+    """Of each of `genes`; the gene id where no symbol is known."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokensAnswer:
+    """Tokens, in the order of the cells asked for."""
+
+    cells: tuple[CellTokens, ...]
+    window: int
+    """Tokens that the model takes of one cell."""
+    model: Model
+    timings_ms: Timings
+
+
 @dataclass(frozen=True, kw_only=True)
 class GeneShift:
     """How far one gene's own embedding moved; None where the gene does not stand in both cells."""
@@ -293,6 +317,16 @@ def genes_of(cell: Mapping[str, Any]) -> CellGenes:
     """The genes of a cell of an answer."""
     vectors_gd = np.asarray(cell["gene_embeddings"], dtype=np.float64).astype(np.float32)
     return CellGenes(report=report_of(cell), genes=tuple(cell["genes"]), embeddings=vectors_gd)
+
+
+def tokens_of(cell: Mapping[str, Any]) -> CellTokens:
+    """The tokens of a cell of an answer."""
+    return CellTokens(
+        report=report_of(cell),
+        tokens=np.asarray(cell["tokens"], dtype=np.int64),
+        genes=tuple(cell["genes"]),
+        symbols=tuple(cell["symbols"]),
+    )
 
 
 def edit_of(edit: Mapping[str, Any]) -> EditResult:

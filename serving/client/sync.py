@@ -26,6 +26,7 @@ from genescale.client.records import (
     GeneEmbeddingsAnswer,
     NeighborsAnswer,
     PerturbationsAnswer,
+    TokensAnswer,
 )
 from genescale.client.retries import Outcome, Retries
 from genescale.client.runs import EmbeddingRun, OnProgress, Unusable
@@ -113,6 +114,13 @@ class GenescaleClient:
         found = self._embed(source, at_once, layer=layer, pooling=pooling, unusable=unusable, progress=progress)
         write_embeddings(adata, key, found, layer=layer, pooling=pooling, slot=source.slot)
         return found
+
+    def tokens(self, cells: Sequence[Cell], *, beyond_window: bool = False) -> TokensAnswer:
+        """Each cell ranked and tokenised as the model would take it, which the model is not asked for.
+
+        `beyond_window` gives the genes that fall out of the model's window as well.
+        """
+        return self.ask(questions.tokens(cells, beyond_window=beyond_window))
 
     def gene_embeddings(self, cells: Sequence[Cell], *, layer: str = LAYER) -> GeneEmbeddingsAnswer:
         """One embedding per gene that the model sees of each cell, in rank order."""

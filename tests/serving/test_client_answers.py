@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from genescale.client import AsyncGenescaleClient, GenescaleClient
@@ -103,7 +104,7 @@ def test_neighbors_are_asked_and_read_as_the_contract_says(later: bool) -> None:
     assert answer.reference.digest == neighbors_answer()["reference"]["digest"]
 
 
-@pytest.mark.parametrize("method", ["embeddings", "gene_embeddings", "perturbations"])
+@pytest.mark.parametrize("method", ["tokens", "embeddings", "gene_embeddings", "perturbations"])
 def test_a_later_service_may_say_more(method: str, wire: Callable[..., Wire]) -> None:
     given = ([CELL], [EDIT]) if method == "perturbations" else ([CELL],)
     real = wire()
@@ -130,16 +131,27 @@ def test_both_clients_ask_the_same_questions_with_the_same_arguments() -> None:
         }
 
     assert methods(GenescaleClient) == methods(AsyncGenescaleClient)
-    assert {"embeddings", "perturbations", "classify", "neighbors", "embed", "embed_anndata"} <= set(
+    assert {"tokens", "embeddings", "perturbations", "classify", "neighbors", "embed", "embed_anndata"} <= set(
         methods(GenescaleClient)
     )
 
 
-@pytest.mark.parametrize("method", ["embeddings", "gene_embeddings", "perturbations", "info", "ready"])
+@pytest.mark.parametrize("method", ["tokens", "embeddings", "gene_embeddings", "perturbations", "info", "ready"])
 def test_both_clients_give_the_same_answers(method: str, wire: Callable[..., Wire]) -> None:
     given: tuple[Any, ...] = {"perturbations": ([CELL], [EDIT]), "info": (), "ready": ()}.get(method, ([CELL],))
     one, other = (call(kind, wire(), method, *given) for kind in ("sync", "async"))
     assert without_times(one) == without_times(other)
+
+
+def test_tokens_ask_for_the_same_cell(wire: Callable[..., Wire]) -> None:
+    real = wire()
+    (cell,) = call("sync", real, "tokens", [CELL]).cells
+    assert cell.report.n_tokens == len(cell.tokens)
+    assert len(cell.genes) == len(cell.symbols) == cell.report.n_genes
+    (counts, again) = (
+        call("sync", real, "embeddings", [asked]) for asked in (CELL, {"id": "a", "tokens": cell.tokens})
+    )
+    np.testing.assert_array_equal(again.embeddings, counts.embeddings)
 
 
 def without_times(answer: Any) -> Any:
