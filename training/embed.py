@@ -325,11 +325,15 @@ def _let_go(error: BaseException) -> None:
     They hold Ray Data's actors, which would keep their processors for as long as somebody keeps the error. Frames that
     have ended are emptied; one in a thread that still runs cannot be, so nothing may point to it either.
     """
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen.__traceback__ = None
-        seen = seen.__cause__ or seen.__context__
+    known: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        if (one := waiting.pop()) is not None and one not in known:
+            known.append(one)
+            waiting += [one.__cause__, one.__context__]
+    for one in known:
+        traceback.clear_frames(one.__traceback__)
+        one.__traceback__ = None
 
 
 def original_error(error: BaseException) -> BaseException:
