@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
 
 from genescale.ingestion.corpus import Corpus
@@ -16,6 +18,7 @@ from genescale.platform.tracking import MemoryTracker
 from genescale.serving.classifier import heads_on
 from genescale.training.evaluation.baselines_features import rank_vectors
 from genescale.training.fitting.finetune import FinetuneConfig, FinetuneResult, finetune
+from genescale.training.fitting.gene_weights import _Cells, _fit, with_gene_weights
 from genescale.training.heads.head import LinearHead
 from genescale.training.heads.head_files import head_files, heads_of
 from genescale.training.heads.predict import HeadModel, load_heads
@@ -146,3 +149,32 @@ def test_weights_of_another_vocabulary_are_damage(
     )
     with pytest.raises(IntegrityError, match="other genes than the vocabulary"):
         heads_of(bundle)
+
+
+@pytest.mark.parametrize(("codes", "n_classes"), [((0, 1), 2), ((0, 2), 3), ((0, 1, 2), 3)], ids=str)
+def test_classes_are_told_apart_and_an_absent_one_is_never_named(codes: tuple[int, ...], n_classes: int) -> None:
+    draws = np.random.default_rng(0)
+    codes_n = np.repeat(codes, 30)
+    genes_nv = (draws.random((len(codes_n), 12)) < 0.2).astype(np.float32)
+    # Gene c is that of class c, gene 11 nobody's.
+    genes_nv[np.arange(len(codes_n)), codes_n] = 1
+    genes_nv[:, 11] = 0
+    weights_vc, bias_c = _fit(_Cells(genes_nv=csr_array(genes_nv), codes_n=codes_n), 1.0, n_classes, BESIDE)
+    logits_nc = genes_nv @ weights_vc + bias_c
+    assert (logits_nc.argmax(axis=1) == codes_n).mean() > 0.8
+    assert not weights_vc[11].any()
+    theirs = LogisticRegression(C=1.0, tol=1e-3, max_iter=300).fit(genes_nv, codes_n).predict_proba(genes_nv)
+    mine = np.exp(logits_nc - np.logaddexp.reduce(logits_nc, axis=1, keepdims=True))
+    np.testing.assert_allclose(mine[:, list(codes)], theirs, atol=1e-3)
+
+
+def test_the_random_state_is_left_alone(model: HeadModel, fitted: FinetuneResult, tiny_corpus: Corpus) -> None:
+    split, examples = fitted.task.folds.splits[0], fitted.task.examples
+    plain = LinearHead(dataclasses.replace(model.specs[0], genes=0)).eval()
+    before = torch.get_rng_state()
+    heads, penalties = with_gene_weights(
+        [plain], tiny_corpus, examples.take(split.train), examples.take(split.validation), BESIDE, [(0.5,)],
+    )  # fmt: skip
+    assert penalties == (0.5,)
+    assert heads[0].spec.genes == tiny_corpus.vocabulary.size
+    assert torch.equal(torch.get_rng_state(), before)

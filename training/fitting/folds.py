@@ -41,7 +41,7 @@ from genescale.training.fitting.frozen import (
     predictions_of,
     whole_reference,
 )
-from genescale.training.fitting.gene_weights import with_gene_weights
+from genescale.training.fitting.gene_weights import MOST_CELLS, with_gene_weights
 from genescale.training.fitting.task import Task
 from genescale.training.fitting.vectors import PRECISIONS, embed_rows
 
@@ -194,6 +194,8 @@ def _note(task: Task, final: Fitted, fitted_on: str) -> str:
     beside = ""
     if any(head.spec.genes for head in final.heads):
         beside = " The scores are those of network and weights of genes together, the course of training the network's."
+        if max(len(split.train) for split in task.folds.splits) > MOST_CELLS:
+            beside += f" Weights of genes were fitted on {MOST_CELLS:,} cells of a training part, drawn by class."
     if task.n_folds == 1:
         return f"The bundle holds the fit on the {fitted_on}, which was measured on the test part.{beside}"
     measured = f"The scores are those of each fold's fit on its test part.{beside}"

@@ -94,9 +94,10 @@ def _with_weights(
         if config.refit:
             fits[penalty] = _fit(_together(train, others[0]), penalty, n_classes, config)
     weights_vc, bias_c = fits[penalty]
-    made = LinearHead(replace(head.spec, genes=len(weights_vc)))
+    with torch.device("meta"):  # no weights are drawn, so that torch's random state is left alone
+        made = LinearHead(replace(head.spec, genes=len(weights_vc)))
     kept = {"gene_weights_vc": torch.from_numpy(weights_vc), "gene_bias_c": torch.from_numpy(bias_c)}
-    made.load_state_dict({**head.state_dict(), **kept})
+    made.load_state_dict({**head.state_dict(), **kept}, assign=True)
     return made.eval(), penalty
 
 
