@@ -29,7 +29,8 @@ from genescale.serving.schemas import Asked, CellAsked, FileFacts
 
 Options = TypeVar("Options", bound=BaseModel)
 Plan = TypeVar("Plan")
-# Work of less than about a millisecond is done where it came in: to change threads and back would take longer.
+# A cell or some are read and rendered in about a millisecond, where they came in: to change threads and back takes
+# longer. The worst that a small body asks for, 256 cells of one gene, takes 14 ms of the event loop.
 SMALL_BODY_BYTES, SMALL_ANSWER_VALUES = 32 * 1024, 2_048
 _FILES = ThreadPoolExecutor(max_workers=1, thread_name_prefix="genescale-files")
 

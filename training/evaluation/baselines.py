@@ -20,7 +20,7 @@ from genescale.training.evaluation.baselines_features import FEATURE_NAMES, Feat
 from genescale.training.evaluation.baselines_models import CLASSIFIERS, REGRESSORS, TREES, Part, fit_and_predict
 from genescale.training.evaluation.measures import Evaluation, measure
 from genescale.training.evaluation.predictions import Predictions
-from genescale.training.labels.selection import at_most
+from genescale.training.labels.splits import at_most
 
 if TYPE_CHECKING:
     from genescale.training.fitting.task import Task

@@ -25,7 +25,7 @@ from genescale.platform.errors import AlreadyExistsError, GenescaleError
 from genescale.platform.progress import SILENT, Progress
 from genescale.platform.settings import StorageSettings
 from genescale.platform.storage import Store
-from genescale.platform.tracking import ModelVersion, Tracker
+from genescale.platform.tracking import ModelVersion, Run, Tracker
 from genescale.training.evaluation.baselines import Baseline, BaselineConfig, measure_baselines
 from genescale.training.evaluation.measures import measure
 from genescale.training.evaluation.scores import Scores
@@ -141,33 +141,11 @@ def finetune(
         else:
             folded = encoder_folds(source, task, config, progress)
         heads = _measured(source, task, folded, config, baselines, progress)
-        written = _write(bundle, folded, {**origin, "run_id": run.id}, out)
-        counts = {**task.counts(), "folds": task.n_folds}
-        files = write_files(
-            out,
-            task,
-            config,
-            heads,
-            folded.fits,
-            title=title or f"{_name(config)} on {Path(corpus.uri).name}",
-            question=question,
-            lineage={**origin, "bundle": written.digest, "run_id": run.id},
-            counts=counts,
-            notes=[folded.note],
-        )
-        track(run, heads, folded.fits, files)
-        run.log_folder(written.folder, BUNDLE_FOLDER)
-        result = FinetuneResult(
-            bundle=written,
-            heads=heads,
-            task=task,
-            folds=folded.fits,
-            counts=counts,
-            run_id=run.id,
-            report=files[0],
-        )
+        title = title or f"{_name(config)} on {Path(corpus.uri).name}"
+        result = _told(run, bundle, task, config, folded, heads, origin, out, title=title, question=question)
         if model_name:
-            version = tracker.register(run, BUNDLE_FOLDER, model_name, aliases=aliases, tags=_tags(written, heads))
+            tags = _tags(result.bundle, heads)
+            version = tracker.register(run, BUNDLE_FOLDER, model_name, aliases=aliases, tags=tags)
             result = replace(result, model_version=version)
     if not run_home:
         shutil.rmtree(out / RUN_FOLDER, ignore_errors=True)
@@ -229,6 +207,47 @@ def _measured(
             HeadResult(predictions=predictions, evaluation=evaluation, train_counts=counts, baselines=simple)
         )
     return tuple(results)
+
+
+def _told(
+    run: Run,
+    bundle: Bundle,
+    task: Task,
+    config: FinetuneConfig,
+    folded: Folded,
+    heads: tuple[HeadResult, ...],
+    origin: Mapping[str, Any],
+    out: Path,
+    *,
+    title: str,
+    question: str,
+) -> FinetuneResult:
+    """The finished fit, its bundle and report written into `out` and recorded with its run."""
+    written = _write(bundle, folded, {**origin, "run_id": run.id}, out)
+    counts = {**task.counts(), "folds": task.n_folds}
+    files = write_files(
+        out,
+        task,
+        config,
+        heads,
+        folded.fits,
+        title=title,
+        question=question,
+        lineage={**origin, "bundle": written.digest, "run_id": run.id},
+        counts=counts,
+        notes=[folded.note],
+    )
+    track(run, heads, folded.fits, files)
+    run.log_folder(written.folder, BUNDLE_FOLDER)
+    return FinetuneResult(
+        bundle=written,
+        heads=heads,
+        task=task,
+        folds=folded.fits,
+        counts=counts,
+        run_id=run.id,
+        report=files[0],
+    )
 
 
 def _write(bundle: Bundle, folded: Folded, lineage: Mapping[str, Any], out: Path) -> Bundle:

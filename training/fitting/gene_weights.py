@@ -25,7 +25,7 @@ from genescale.training.evaluation.baselines_features import rank_vectors
 from genescale.training.fitting.config import FinetuneConfig
 from genescale.training.fitting.examples import NO_LABEL, Examples
 from genescale.training.heads.head import Head, LinearHead
-from genescale.training.labels.selection import at_most
+from genescale.training.labels.splits import at_most
 
 PENALTIES = (0.03, 0.1, 0.3, 1.0)
 """Inverse strengths of the penalty on squared weights, as scikit-learn counts them."""

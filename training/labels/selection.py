@@ -55,25 +55,6 @@ def select_cells(corpus: Corpus, where: str) -> npt.NDArray[np.int64]:
     return found_n
 
 
-def at_most(
-    units: npt.NDArray[np.int64], limit: int, seed: int, *, classes_of: npt.NDArray[np.int64] | None = None
-) -> npt.NDArray[np.int64]:
-    """At most about `limit` of the units, drawn at random, in rising order; all of them when there are no more.
-
-    classes_of: the class of every unit (by its number); of each class its share is drawn, and at least one unit.
-    """
-    if len(units) <= limit:
-        return units
-    shuffled = np.random.default_rng(seed).permutation(units)
-    if classes_of is None:
-        return np.sort(shuffled[:limit])
-    share, kept = limit / len(units), []
-    for code in np.unique(classes_of[units]):
-        members = shuffled[classes_of[shuffled] == code]
-        kept.append(members[: max(1, int(share * len(members)))])
-    return np.sort(np.concatenate(kept))
-
-
 def check_columns(corpus: Corpus, columns: Sequence[str]) -> None:
     """CorpusError, with the nearest known name, when the corpus has no scalar column of one of these names."""
     known = [name for name in corpus.schema.names if name not in (TOKEN_COLUMN, "labels")]

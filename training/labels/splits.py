@@ -33,6 +33,23 @@ class Split:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
+def at_most(units: np.ndarray, limit: int, seed: int, *, classes_of: np.ndarray | None = None) -> np.ndarray:
+    """At most about `limit` of the units, drawn at random, in rising order; all of them when there are no more.
+
+    classes_of: the class of every unit (by its number); of each class its share is drawn, and at least one unit.
+    """
+    if len(units) <= limit:
+        return units
+    shuffled = np.random.default_rng(seed).permutation(units)
+    if classes_of is None:
+        return np.sort(shuffled[:limit])
+    share, kept = limit / len(units), []
+    for code in np.unique(classes_of[units]):
+        members = shuffled[classes_of[shuffled] == code]
+        kept.append(members[: max(1, int(share * len(members)))])
+    return np.sort(np.concatenate(kept))
+
+
 def check_fractions(fractions: Sequence[float]) -> np.ndarray:
     """The three fractions as float64; SettingsError unless all are positive and sum to one."""
     fractions_p = np.asarray(fractions, dtype=np.float64)
