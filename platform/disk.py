@@ -10,7 +10,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,19 +74,16 @@ class Disk:
     def list(self, place: Place) -> Entries:
         """Every file below a folder, or the one file of that name."""
         with disk_errors(place.uri):
-            if place.path.is_file():
-                return [self.stat(place)]
-            return [_entry(path, os.stat(path)) for path in _walk(place.key, None)]
+            return _entries([place.key] if place.path.is_file() else _walk(place.key, None))
 
     def glob(self, place: Place) -> Entries:
         """Every file that fits a pattern."""
         folder, patterns = split_pattern(place.key)
         if not patterns:
-            return [self.stat(place)] if self.exists(place) else []
+            return _entries([place.key]) if self.exists(place) else []
         depth = None if "**" in patterns else len(patterns)
         with disk_errors(place.uri):
-            found = [p for p in _walk(folder, depth) if matches(os.path.relpath(p, folder), patterns)]
-            return [_entry(path, os.stat(path)) for path in found]
+            return _entries(p for p in _walk(folder, depth) if matches(os.path.relpath(p, folder), patterns))
 
     def delete(self, place: Place) -> None:
         """Remove a file if it is there."""
@@ -167,6 +164,15 @@ def _walk(folder: str, depth: int | None, above: Sequence[tuple[int, int]] = ())
                 yield from _walk(entry.path, depth and depth - 1, (*above, identity))
         elif entry.is_file() and not (entry.name.startswith(_PART_PREFIX) and entry.name.endswith(_PART_SUFFIX)):
             yield entry.path
+
+
+def _entries(paths: Iterable[str]) -> Entries:
+    # A file may go while its folder is listed, as a writer's temporary ones do: then it is no part of the listing.
+    entries = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            entries.append(_entry(path, os.stat(path)))
+    return entries
 
 
 def _entry(path: str, status: os.stat_result) -> Entry:

@@ -312,6 +312,23 @@ def test_readers_see_whole_files_only(tmp_path: Path) -> None:
             assert [e.uri for e in store.list(str(tmp_path))] == [uri]
 
 
+def test_a_file_that_goes_while_it_is_listed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writers of a table put temporary files into its log and take them away while others list it."""
+    store, listed = Store(StorageSettings()), os.scandir
+    for name in ("kept", "passing"):
+        store.write(str(tmp_path / name), b"1")
+
+    def scan(folder: str) -> list[os.DirEntry[str]]:
+        entries = list(listed(folder))
+        (tmp_path / "passing").unlink(missing_ok=True)
+        return entries
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert [e.uri for e in store.list(str(tmp_path))] == [str(tmp_path / "kept")]
+    store.write(str(tmp_path / "passing"), b"1")
+    assert [e.uri for e in store.glob(str(tmp_path / "*"))] == [str(tmp_path / "kept")]
+
+
 def test_a_file_in_the_way_is_explained(tmp_path: Path) -> None:
     store = Store(StorageSettings())
     store.write(str(tmp_path / "a"), b"1")
