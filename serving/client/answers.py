@@ -110,7 +110,15 @@ def neighbors_answer(answer: Json) -> NeighborsAnswer:
 def _cell_with_neighbors(cell: Json) -> NeighborsCell:
     return NeighborsCell(
         report=report_of(cell),
-        neighbors=tuple(made(Neighbor, one) for one in cell["neighbors"]),
+        neighbors=tuple(made(Neighbor, {**one, "place": _place(one)}) for one in cell["neighbors"]),
         votes={column: tuple(made(LabelVote, one) for one in votes) for column, votes in cell["votes"].items()},
         out_of_distribution=cell["out_of_distribution"],
+        place=_place(cell),
     )
+
+
+def _place(one: Json) -> tuple[float, float] | None:
+    if one["place"] is None:
+        return None
+    x, y = one["place"]
+    return x, y

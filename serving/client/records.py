@@ -232,6 +232,8 @@ class Neighbor:
     distance: float
     labels: Mapping[str, str | None]
     """By column; None where the reference cell has none."""
+    place: tuple[float, float] | None
+    """x and y on the map of the reference, without a unit; None where it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +255,8 @@ class NeighborsCell:
     """By column, most votes first."""
     out_of_distribution: float
     """Share of reference cells nearer to their own k-th neighbour than this cell is to its."""
+    place: tuple[float, float] | None
+    """x and y among the places of the nearest reference cells, without a unit; None where the reference has no map."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,6 @@ class Line:
 
     def queue(self, ticket: Ticket) -> None:
         """Let a job wait for its turn."""
-        self.watched.pop(ticket.id, None)
         if ticket.id not in self.running and ticket.id not in self.over:
             self.waiting[ticket.id] = ticket
 
@@ -79,10 +78,14 @@ class Line:
             self.forget(job_id)
 
     def looks_dead(self, job_id: str, sign: tuple[int, int]) -> bool:
-        """Whether the holder of a job gave no new sign of life for the length of a lease, by our own clock."""
+        """Whether the holder of a job gave no new sign of life for the length of a lease, by our own clock.
+
+        A job whose holder lives does not wait here.
+        """
         now_s = self.clock()
         before = self.watched.get(job_id)
         if before is None or before.sign != sign:
             self.watched[job_id] = Watched(sign, now_s)
+            self.waiting.pop(job_id, None)
             return False
         return now_s - before.seen_s >= self.config.lease_s

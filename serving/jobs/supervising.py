@@ -161,13 +161,18 @@ class Supervisor:
                 await asyncio.to_thread(self.board.delete, ticket)
                 self._line.forget(ticket.id)
                 log.info("deleted the job %s, which ended %g days ago", ticket.id, self.config.keep_days)
-        elif attempt is None or attempt.state != "running" or attempt.holder == self.name:
+        elif not self._is_held(ticket, attempt):
             self._line.queue(ticket)
             if job.cancelling:
                 await self._close_unbegun(ticket, attempt)
-        elif self._line.looks_dead(ticket.id, (attempt.number, attempt.beat)):
-            log.warning("the supervisor of the job %s fell silent; going on with it", ticket.id)
-            self._line.queue(ticket)
+
+    def _is_held(self, ticket: Ticket, attempt: Attempt | None) -> bool:
+        """Whether another supervisor carries the job out, as far as its signs of life say."""
+        taken = self._taken_by_another(attempt)
+        return taken is not None and not self._line.looks_dead(ticket.id, (taken.number, taken.beat))
+
+    def _taken_by_another(self, attempt: Attempt | None) -> Attempt | None:
+        return attempt if attempt and attempt.state == "running" and attempt.holder != self.name else None
 
     async def _close_unbegun(self, ticket: Ticket, before: Attempt | None) -> None:
         """Write down the end of a cancelled job that nobody carries out."""
@@ -206,17 +211,24 @@ class Supervisor:
                 self.wake()
 
     async def _taken(self, ticket: Ticket) -> Attempt | None:
-        """A new attempt that is ours; None when another supervisor was first or the job is over."""
+        """A new attempt that is ours, or the last one of a job that is over; None when another supervisor has it."""
         job = await asyncio.to_thread(self.board.job, ticket)
         if job.attempt is not None and job.attempt.over:
             return job.attempt
+        # While the job waited here for its turn, another supervisor may have taken it.
+        if self._is_held(ticket, job.attempt):
+            return None
         attempt = next_attempt(job.attempt, self.name)
         if job.cancelling:
             attempt = replace(attempt, state="cancelled", ended_s=time.time())
         elif attempt.breaks >= self.config.tries:
             error = attempt.error or _gave_up(attempt.breaks)
             attempt = replace(attempt, state="failed", ended_s=time.time(), error=error)
-        return attempt if await asyncio.to_thread(self.board.take, ticket, attempt) else None
+        if not await asyncio.to_thread(self.board.take, ticket, attempt):
+            return None
+        if self._taken_by_another(job.attempt):
+            log.warning("the supervisor of the job %s fell silent; going on with it", ticket.id)
+        return attempt
 
     async def _carried_out(self, ticket: Ticket, attempt: Attempt) -> Attempt | None:
         """The attempt as it ended; None when it was lost to another supervisor."""

@@ -96,9 +96,9 @@ def test_neighbors_are_asked_and_read_as_the_contract_says(later: bool) -> None:
     assert NeighborsAsked.model_validate(asked[0]).columns == ["cell_type"]
     assert NeighborsAsked.model_validate(asked[1]).columns is None
     (found,) = answer.cells
-    assert (found.report.id, found.out_of_distribution) == ("a", 0.5)
+    assert (found.report.id, found.out_of_distribution, found.place) == ("a", 0.5, (0.5, 1.5))
     assert (found.neighbors[0].id, found.neighbors[0].distance) == ("r1", 0.25)
-    assert found.neighbors[0].labels["tissue"] is None
+    assert (found.neighbors[0].labels["tissue"], found.neighbors[0].place) == (None, None)
     assert found.votes["cell_type"][0].share == 1.0
     assert (answer.k, answer.timings_ms.search, answer.model.corpus_version) == (1, 4.0, 7)
     assert answer.reference.digest == neighbors_answer()["reference"]["digest"]

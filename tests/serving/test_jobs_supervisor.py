@@ -311,6 +311,25 @@ def test_a_job_whose_supervisor_fell_silent_goes_on_and_never_twice(scene: Scene
     play(scene, part)
 
 
+def test_a_job_that_another_took_while_it_waited_is_left_to_it(scene: Scene) -> None:
+    scene.config = replace(scene.config, lease_s=60.0)
+
+    async def part(supervisor: Supervisor) -> None:
+        first = await supervisor.accept(ticket_of(), b"{}")
+        waiting = await supervisor.accept(ticket_of(), b"{}")
+        await scene.until(lambda: scene.runner.works)
+        rivals = next_attempt(None, "rival")
+        assert scene.board.take(waiting, rivals)
+        scene.runner.works[0].end(DONE)
+        await scene.until(lambda: scene.job(first).over)
+        await asyncio.sleep(4 * scene.config.heartbeat_s)
+        assert [work.ticket.id for work in scene.runner.works] == [first.id]
+        assert scene.job(waiting).attempt == rivals
+        assert supervisor.numbers.registry.get_sample_value("genescale_jobs_waiting") == 0
+
+    play(scene, part)
+
+
 def test_a_supervisor_that_lost_its_job_stops_the_work(scene: Scene) -> None:
     async def part(supervisor: Supervisor) -> None:
         ticket = await supervisor.accept(ticket_of(), b"{}")
