@@ -16,6 +16,7 @@ must rely on more compares the digest with the one recorded elsewhere, as `track
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import re
@@ -121,22 +122,30 @@ def write_bundle(
     }
     records = {name: FileRecord(hashlib.sha256(data).hexdigest(), len(data)) for name, data in sorted(contents.items())}
     manifest = _manifest(kind, records, vocabulary.digest, lineage)
+    contents[MANIFEST] = _json_bytes(manifest, where="lineage")
+    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if free and _write_whole(folder, contents):
+        return open_bundle(folder)
     if (folder / MANIFEST).exists() and (there := open_bundle(folder)).digest == manifest["digest"]:
         return there
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise AlreadyExistsError("something else is here.", where=str(folder), fix="Choose a new folder.")
-    _write_whole(folder, {**contents, MANIFEST: _json_bytes(manifest, where="lineage")})
-    return open_bundle(folder)
+    raise AlreadyExistsError("something else is here.", where=str(folder), fix="Choose a new folder.")
 
 
-def _write_whole(folder: Path, contents: Mapping[str, bytes]) -> None:
+def _write_whole(folder: Path, contents: Mapping[str, bytes]) -> bool:
+    """Write the files, the manifest last; False when another writer took the folder meanwhile."""
     part = folder.with_name(f".{folder.name}-{secrets.token_hex(8)}.part")
     try:
         # In this order, so that the manifest comes last and a folder with one is complete.
         for name, data in contents.items():
             with whole_file(part / name) as file:
                 file.write(data)
-        part.replace(folder)
+        try:
+            part.replace(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            return False
+        return True
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

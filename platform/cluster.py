@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from genescale.platform.errors import ClusterError
+from genescale.platform.liveness import lives
 from genescale.platform.settings import ClusterSettings, Settings
 
 # Read by Ray and the libraries under it when they are imported or when a worker starts; workers inherit them.
@@ -140,12 +141,17 @@ def _short_temp_dir(cluster: ClusterSettings) -> Iterator[str]:
 def _short_link(chosen: Path) -> Path:
     """A link to the folder, short enough for the sockets that Ray keeps below it.
 
-    It has the same name each time, so that one left by a killed run is used again; somebody else's is never followed.
+    It is this process's own, because others that use the folder keep theirs; those that killed runs left are removed,
+    and somebody else's is never followed.
     """
-    name = hashlib.sha256(str(chosen).encode()).hexdigest()[:8]
-    link = Path("/tmp") / f"genescale-{name}"
-    if link.is_symlink() and link.lstat().st_uid == os.getuid():
-        link.unlink()
+    name = f"genescale-{hashlib.sha256(str(chosen).encode()).hexdigest()[:6]}-"
+    link = Path("/tmp") / f"{name}{os.getpid()}"
+    for left in Path("/tmp").glob(f"{name}*"):
+        with contextlib.suppress(FileNotFoundError):
+            number = left.name.removeprefix(name)
+            stale = left == link or (number.isdigit() and not lives(int(number)))
+            if stale and left.is_symlink() and left.lstat().st_uid == os.getuid():
+                left.unlink()
     try:
         link.symlink_to(chosen, target_is_directory=True)
     except OSError as error:

@@ -45,13 +45,12 @@ class Disk:
         """Store `data`."""
         with disk_errors(place.uri), whole_file(place.path, if_absent=if_absent) as file:
             file.write(data)
-        return self.stat(place)
+            return _written(place.key, file)
 
     def upload(self, path: Path, place: Place, if_absent: bool) -> Entry:
         """Store a copy of the file `path`."""
         with disk_errors(str(path)), path.open("rb") as source:
-            self._copy(source, place.uri, place.path, if_absent)
-        return self.stat(place)
+            return self._copy(source, place.uri, place.path, if_absent)
 
     def download(self, place: Place, to: Path, max_bytes: int | None) -> None:
         """Copy the file to `to`."""
@@ -95,12 +94,16 @@ class Disk:
         if place.path.resolve() in (Path(place.path.anchor), Path.home().resolve()):
             raise ForbiddenPathError("will not delete this folder as a whole.", where=place.uri, fix="Name one in it.")
         with disk_errors(place.uri), contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(place.path)
+            # A file that somebody else removes meanwhile stops rmtree in the middle, so: until nothing is there.
+            while os.lstat(place.path):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(place.path)
 
-    def _copy(self, source: BinaryIO, name: str, target: Path, if_absent: bool) -> None:
+    def _copy(self, source: BinaryIO, name: str, target: Path, if_absent: bool) -> Entry:
         # Its own translation, so that an error names the side it happened on.
         with disk_errors(name), whole_file(target, if_absent=if_absent) as file:
             shutil.copyfileobj(source, file, 1 << 20)
+            return _written(str(target), file)
 
 
 @contextlib.contextmanager
@@ -177,6 +180,12 @@ def _entries(paths: Iterable[str]) -> Entries:
 
 def _entry(path: str, status: os.stat_result) -> Entry:
     return Entry(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+
+
+def _written(path: str, file: BinaryIO) -> Entry:
+    # Of the open file, because its name may be another writer's a moment later.
+    file.flush()
+    return _entry(path, os.fstat(file.fileno()))
 
 
 def check_size(uri: str, size_bytes: int, max_bytes: int | None) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from genescale.platform.disk import disk_errors
+from genescale.platform.disk import disk_errors, whole_file
 from genescale.platform.errors import SettingsError, TrackingError
 from genescale.platform.log import get_logger
 from genescale.platform.patience import Patience
@@ -147,10 +147,14 @@ class Journal:
             self._rewrite()
 
     def _rewrite(self) -> None:
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.writelines(_line(batch) for batch in self._batches)
-        self._file.flush()
+        if self._batches:
+            # Whole or not at all: a kill must not take what waits.
+            with whole_file(self._path) as file:
+                file.writelines(_line(batch).encode() for batch in self._batches)
+            self._file.close()
+            self._file = self._path.open("a", encoding="utf-8")
+        else:
+            self._file.truncate(0)
         self._lines = len(self._batches)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -19,12 +20,18 @@ def is_gone(label: str) -> bool:
     return host == socket.gethostname() and number.isdigit() and _started(int(number)) != started
 
 
+def lives(process: int) -> bool:
+    """Whether this machine has a process of this number."""
+    return _started(process) is not None
+
+
 def _started(process: int) -> str | None:
     """When a process started, in clock ticks, where the system tells; None when there is no such process."""
-    status = Path("/proc") / str(process) / "stat"
-    if status.exists():
+    # A process may end at any moment, also while it is looked at.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        line = (Path("/proc") / str(process) / "stat").read_text()
         # The name of the program, in brackets, may itself hold brackets and spaces; the start is field 22 of the line.
-        return status.read_text().rpartition(")")[2].split()[19]
+        return line.rpartition(")")[2].split()[19]
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -122,34 +122,26 @@ class Objects:
         """Size and tag of an object."""
         with self._errors(place):
             try:
-                answer = self._connection.client.head_object(Bucket=place.bucket, Key=place.key)
+                return self._head(place)
             except Exception as error:
                 if code_of(error) == "404":
                     self._require_bucket(place)
                 raise
-        return Entry(place.uri, answer["ContentLength"], answer["ETag"].strip('"'))
 
     def exists(self, place: Place) -> bool:
         """True for an object."""
-        with self._errors(place):
-            try:
-                self._connection.client.head_object(Bucket=place.bucket, Key=place.key)
-            except Exception as error:
-                if code_of(error) == "404":
-                    return False
-                raise
-        return True
+        return bool(self._alone(place))
 
     def list(self, place: Place) -> Entries:
         """Every object below a folder, and the one of that very name."""
         below = self._listed(place, f"{place.key}/" if place.key else "")
-        return [self.stat(place), *below] if place.key and self.exists(place) else below
+        return [*self._alone(place), *below] if place.key else below
 
     def glob(self, place: Place) -> Entries:
         """Every object that fits a pattern."""
         folder, patterns = split_pattern(place.key)
         if not patterns:
-            return [self.stat(place)] if self.exists(place) else []
+            return self._alone(place)
         base = f"{folder}/" if folder else ""
         # Asking for as little as the pattern allows: its literal start, and one level when it has one.
         start = WILDCARDS.split(patterns[0])[0]
@@ -243,6 +235,20 @@ class Objects:
             with suppress(*self._connection.errors):
                 client.abort_multipart_upload(**upload)
             raise
+
+    def _head(self, place: Place) -> Entry:
+        answer = self._connection.client.head_object(Bucket=place.bucket, Key=place.key)
+        return Entry(place.uri, answer["ContentLength"], answer["ETag"].strip('"'))
+
+    def _alone(self, place: Place) -> Entries:
+        """The object of this very name, if there is one."""
+        with self._errors(place):
+            try:
+                return [self._head(place)]
+            except Exception as error:
+                if code_of(error) == "404":
+                    return []
+                raise
 
     def _listed(self, place: Place, prefix: str, **arguments: str) -> Entries:
         with self._errors(place):

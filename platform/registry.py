@@ -139,6 +139,9 @@ class Registry:
                 raise unknown_model(wanted.name, known)
             aliases = self._aliases(wanted.name)
         number = aliases.get(wanted.alias, "") if wanted.alias else str(int(wanted.version or 0))
+        if wanted.alias and number and number not in found:
+            # The alias moved meanwhile, to a version that was just made.
+            return self.resolve(f"{MODEL_SCHEME}{wanted.name}/{number}")
         if number not in found:
             raise unknown_version(wanted, aliases, found, where=reference)
         version = found[number]

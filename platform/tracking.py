@@ -310,9 +310,10 @@ class MlflowTracker(Registry):
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-        self.client.update_run(run_id, status="RUNNING")
+        # The process first: a run that is open and whose process is gone is closed by anyone who looks.
         for name, value in labels.items():
             self.client.set_tag(run_id, name, value)
+        self.client.update_run(run_id, status="RUNNING")
         return info
 
     def run_info(self, run_id: str) -> Any:

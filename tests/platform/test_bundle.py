@@ -240,6 +240,28 @@ def test_writing_again_is_safe(bundle: Bundle, parts: dict[str, Any], tmp_path: 
         write_bundle(tmp_path / "d", **parts)
 
 
+def test_of_two_writers_at_once_the_second_finds_the_bundle(
+    tmp_path: Path, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced, first = Path.replace, list[Bundle]()
+
+    def replace(part: Path, target: Path) -> None:
+        if target == folder and not first:
+            first.append(NotImplemented)
+            first[0] = write_bundle(folder, **rivals)
+        replaced(part, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    folder, rivals = tmp_path / "same", {**parts, "lineage": {"whose": "the first writer's"}}
+    assert write_bundle(folder, **parts).lineage == first[0].lineage
+    first.clear()
+    folder, rivals = tmp_path / "other", {**parts, "kind": "cell_classifier"}
+    with pytest.raises(AlreadyExistsError, match="something else"):
+        write_bundle(folder, **parts)
+    assert open_bundle(folder) == first[0]
+    assert sorted(os.listdir(tmp_path)) == ["other", "same"]
+
+
 def test_a_bundle_appears_whole(tmp_path: Path, parts: dict[str, Any]) -> None:
     folder, done, seen = tmp_path / "b", threading.Event(), []
 

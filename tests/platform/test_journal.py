@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from genescale.platform import journal as journals
 from genescale.platform.errors import SettingsError, TrackingError
 from genescale.platform.journal import Journal
 from genescale.platform.patience import Patience
@@ -100,3 +101,21 @@ def test_a_full_journal_gives_up_the_oldest_and_says_how_many(tmp_path: Path) ->
     assert [step for step, _ in run.rows[-10:]] == list(range(3_990, 4_000))
     with pytest.raises(SettingsError, match="limit_rows"):
         journal(run, path, limit_rows=0)
+
+
+def test_a_kill_while_the_file_is_written_anew_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, line, left = tmp_path / "run.jsonl", journals._line, list[bytes]()
+    path.write_text("".join(f'[17000, [[{step}, {{"loss": 0.5}}]]]\n' for step in range(5)))
+
+    def seen(batch: Any) -> str:
+        left.append(path.read_bytes())  # what a kill at this moment would leave
+        return line(batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journals, "_line", seen)
+        journal(MoodyRun(away=True), path).close(timeout_s=0)
+    for number, content in enumerate(left):
+        run, path = MoodyRun(), tmp_path / f"{number}.jsonl"
+        path.write_bytes(content)
+        assert journal(run, path).close(timeout_s=20) is None
+        assert [step for step, _ in run.rows] == list(range(5))

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -327,6 +328,40 @@ def test_a_file_that_goes_while_it_is_listed_is_left_out(tmp_path: Path, monkeyp
     assert [e.uri for e in store.list(str(tmp_path))] == [str(tmp_path / "kept")]
     store.write(str(tmp_path / "passing"), b"1")
     assert [e.uri for e in store.glob(str(tmp_path / "*"))] == [str(tmp_path / "kept")]
+
+
+def test_a_write_tells_of_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when another writer replaces or removes it at the same moment."""
+    store, renamed, after = Store(StorageSettings()), Path.replace, list[Callable[[Path], object]]()
+    (source := tmp_path / "source").write_bytes(b"mine")
+
+    def replace(path: Path, target: Path) -> None:
+        renamed(path, target)
+        after.pop()(target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    uri = str(tmp_path / "a")
+    for put in (lambda: store.write(uri, b"mine"), lambda: store.upload(source, uri)):
+        for other in (lambda path: path.unlink(), lambda path: path.write_bytes(b"another's")):
+            after.append(other)
+            assert put().size_bytes == len(b"mine")
+
+
+def test_a_folder_that_others_delete_too_goes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, unlink = Store(StorageSettings()), os.unlink
+    for name in ("a", "b", "deep/c", "deep/d"):
+        store.write(str(tmp_path / "folder" / name), b"1")
+    gone: list[str] = []
+
+    def raced(path: str, **options: int | None) -> None:
+        unlink(path, **options)
+        if not gone:
+            gone.append(path)
+            raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "unlink", raced)
+    store.delete_folder(str(tmp_path / "folder"))
+    assert (bool(gone), (tmp_path / "folder").exists()) == (True, False)
 
 
 def test_a_file_in_the_way_is_explained(tmp_path: Path) -> None:

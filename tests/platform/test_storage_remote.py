@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
@@ -159,6 +160,16 @@ def test_conflicting_creates_are_repeated(scripted: Script) -> None:
     answers = iter([conflict, (412, _refusal("PreconditionFailed"))])
     with pytest.raises(AlreadyExistsError):
         scripted(lambda method, path: next(answers)).write("s3://bucket/a", b"1", if_absent=True)
+
+
+@pytest.mark.parametrize("listed", [Store.list, Store.glob])
+def test_an_object_that_goes_while_it_is_listed_is_no_error(scripted: Script, listed: Callable[..., Any]) -> None:
+    heads = iter([200])
+
+    def script(method: str, path: str) -> Answer:
+        return (next(heads, 404), b"") if method == "HEAD" else (200, b"<ListBucketResult></ListBucketResult>")
+
+    assert len(listed(scripted(script), "s3://bucket/passing")) <= 1
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from genescale.platform import bundle as bundles
+from genescale.platform.artefacts import StoredArtefacts
 from genescale.platform.bundle import Bundle
+from genescale.platform.bundle_cache import cached_bundle
 from genescale.platform.errors import (
     IntegrityError,
     NotFoundError,
     StorageError,
 )
-from genescale.platform.settings import Settings
+from genescale.platform.settings import Settings, StorageSettings
 from genescale.platform.storage import Store, join
 from genescale.platform.tracking import (
     fetch_bundle,
@@ -44,6 +48,33 @@ def test_a_damaged_cache_is_fetched_again(on_s3: Settings, bundle: Bundle, model
     fetched = fetch_bundle(version.reference, on_s3, tmp_path)
     (fetched.folder / "model.safetensors").write_bytes(b"garbage")
     assert fetch_bundle(version.reference, on_s3, tmp_path).weights().keys() == bundle.weights().keys()
+
+
+def test_a_cached_bundle_that_was_half_removed_is_fetched_again(bundle: Bundle, tmp_path: Path) -> None:
+    """A kill in the middle of a removal may leave anything but the manifest."""
+    artefacts = StoredArtefacts(StorageSettings(), str(bundle.folder))
+    (cached_bundle(artefacts, tmp_path).folder / "bundle.json").unlink()
+    assert cached_bundle(artefacts, tmp_path).weights().keys() == bundle.weights().keys()
+    assert len(os.listdir(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("step", ["_check_file", "_damaged"])
+def test_another_process_may_remove_the_same_damaged_bundle(
+    step: str, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artefacts, check = StoredArtefacts(StorageSettings(), str(bundle.folder)), getattr(bundles, step)
+    folder = cached_bundle(artefacts, tmp_path).folder
+    (folder / "bundle.json").write_text('{"schema_version": 1}') if step == "_damaged" else None
+
+    def raced(*arguments: object) -> object:
+        if arguments[0] in (folder, folder / "config.json"):
+            shutil.rmtree(folder, ignore_errors=True)
+        return check(*arguments)
+
+    monkeypatch.setattr(bundles, step, raced)
+    assert cached_bundle(artefacts, tmp_path).folder == folder
+    monkeypatch.undo()
+    assert bundles.open_bundle(folder) == bundle
 
 
 def test_a_bundle_that_was_exchanged_is_refused(

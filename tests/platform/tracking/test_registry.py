@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,22 @@ def test_an_alias_moves_and_versions_stay(tracker: Tracker, bundle: Bundle, othe
     assert tracker.resolve(first.reference) == first
     with pytest.raises(TrackingError, match="no version 9"):
         tracker.set_alias(model, "best", "9")
+
+
+def test_an_alias_that_moves_while_it_is_resolved_is_found(
+    on_disk: Settings, bundle: Bundle, other_bundle: Bundle, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = open_tracker(on_disk)
+    first, search = registered(tracker, bundle, model, aliases=["newest"]), tracker.client.search_model_versions
+
+    def raced(*arguments: Any, **options: Any) -> Any:
+        found = search(*arguments, **options)
+        monkeypatch.undo()
+        registered(tracker, other_bundle, model, aliases=["newest"])
+        return found
+
+    monkeypatch.setattr(tracker.client, "search_model_versions", raced)
+    assert tracker.resolve(f"models:/{model}@newest") in (first, *tracker.list_versions(model)[1:])
 
 
 def test_what_is_not_registered_is_explained(tracker: Tracker, bundle: Bundle, model: str) -> None:

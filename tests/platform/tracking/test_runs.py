@@ -173,6 +173,34 @@ def test_runs_of_a_killed_process_are_closed(on_disk: Settings) -> None:
     assert tracker.close_dangling("no such experiment") == 0
 
 
+def test_a_run_that_is_just_gone_on_with_is_not_taken_for_a_dead_one(
+    on_disk: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = MlflowTracker(dataclasses.replace(on_disk.tracking, experiment="resumed"))
+    client, closed = tracker.client, list[int]()
+    with tracker.run("train") as run:
+        pass
+    client.set_tag(run.id, "genescale.process", f"{process_label().split(':')[0]}:1:dead")
+
+    def looked_in_between(name: str) -> Any:
+        asked = getattr(client, name)
+
+        def then(*arguments: Any, **options: Any) -> Any:
+            answer = asked(*arguments, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr(client, name, asked)
+                closed.append(tracker.close_dangling())
+            return answer
+
+        return then
+
+    for name in ("update_run", "set_tag"):
+        monkeypatch.setattr(client, name, looked_in_between(name))
+    with tracker.run("train", resume=run.id):
+        assert client.get_run(run.id).info.status == "RUNNING"
+    assert closed == [0, 0]
+
+
 def test_a_new_database_is_opened_by_one_at_a_time(tmp_path: Path) -> None:
     inside: list[str] = []
 
@@ -193,3 +221,10 @@ def test_processes_are_told_apart() -> None:
     assert is_gone(f"{host}:{process}:1")
     assert not is_gone(f"other-{host}:{process}:1")
     assert not is_gone("")
+
+
+def test_a_process_that_ends_while_it_is_looked_at_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, ended = process_label().split(":")[0], subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert is_gone(f"{host}:{ended.pid}:1")
