@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,8 @@ def _kept(report: Any, arguments: argparse.Namespace, settings: Any, store: Stor
 
     if len(report.of("already_committed")) == len(report.sources) and not arguments.report:
         return
-    stamp = re.sub(r"[^0-9T]", "", report.started.partition("+")[0])
+    # Two runs may begin in the same second.
+    stamp = f"{re.sub(r'[^0-9T]', '', report.started.partition('+')[0])}-{secrets.token_hex(4)}"
     beside = join(report.corpus_uri, "_genescale", "reports", stamp) if report.version is not None else ""
     addresses = write_report(report, folder, store) if (folder := arguments.report or beside) else []
     if not arguments.json:

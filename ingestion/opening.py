@@ -161,15 +161,15 @@ def _no_atlas(names: set[str], uri: str) -> AtlasError:
 def is_atlas(entry: Entry, store: Store) -> bool:
     """Whether a file of a folder is worth trying: false for HDF5 and zip files of other programs.
 
-    A damaged file is tried, so that its damage is reported.
+    A damaged file, or one that went meanwhile, is tried, so that it is reported.
     """
-    head = store.read_range(entry.uri, 0, HEAD_BYTES)
     try:
+        head = store.read_range(entry.uri, 0, HEAD_BYTES)
         if head.startswith(HDF5):
             with opened(entry.uri, store, etag=entry.etag) as file:
                 return bool(_kind_by_names(file))
         return _is_zarr_zip(entry.uri, store) if head.startswith(ZIP) else True
-    except AtlasError:
+    except (AtlasError, NotFoundError):
         return True
 
 

@@ -160,6 +160,8 @@ def _commit(
     quarantine = [pq.read_table(io.BytesIO(data)) for task in tasks for data in task["quarantine"]]
     parts = [NewPart(**part["part"]) for part in made if part["part"]]
     if one.config.duplicates != "off" and parts:
+        # Other runs may have committed since this one began.
+        corpus = corpus.at_newest()
         found = resolve(parts, corpus, policy=one.config.duplicates, dataset_id=one.dataset_id, replaces=one.replaces)
         parts, report.duplicates = list(found.parts), found.to_dict()
         report.tally.drop(found.dropped_tally)

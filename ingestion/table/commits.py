@@ -55,16 +55,18 @@ def apply(uri: str, store: Store, decide: Callable[[Table], Change]) -> None:
 
     Raises what `decide` raises, and CorpusError when storage refuses or other writers were first at every attempt.
     """
-    mark, lost, broken_off = secrets.token_hex(8), False, 0
+    mark, lost, broken_off, began = secrets.token_hex(8), False, 0, -1
     for attempt in range(ATTEMPTS):
         table = opened_table(uri, store)
+        began = table.version if attempt == 0 else began
         try:
             change = _decided(table, decide, lost=lost)
             if _commit(table, change, mark):
                 return
         except CorpusError as error:
-            # An answer that was lost on the way looks like a lost race, or like a failure, and was neither.
-            if _landed(uri, store, table.version, mark):
+            # An answer that was lost on the way looks like a lost race, or like a failure, and was neither. Storage may
+            # also carry out late what it broke off, so that an attempt finds the change of an earlier one.
+            if _landed(uri, store, began, mark):
                 return
             broken_off += isinstance(error, BrokenOffError)
             if not isinstance(error, LostRaceError | BrokenOffError) or broken_off == BROKEN_OFF_ATTEMPTS:
@@ -152,12 +154,12 @@ def check_parts(corpus: Corpus, parts: Sequence[NewPart]) -> None:
         try:
             size_bytes = corpus.store.stat(address).size_bytes
         except NotFoundError:
-            raise IntegrityError("a part file is gone before its commit.", where=address, fix="Ingest again.") from None
+            raise IntegrityError("a part file is gone before its commit.", where=address, fix="Run it again.") from None
         if size_bytes != part.size_bytes:
             raise IntegrityError(
                 f"a part file has {size_bytes:,} bytes, {part.size_bytes:,} were written.",
                 where=address,
-                fix="Ingest again.",
+                fix="Run it again.",
             )
 
     with ThreadPoolExecutor(STATS_AT_ONCE) as pool:

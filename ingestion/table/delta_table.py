@@ -167,7 +167,7 @@ def find_table(uri: str, store: Store, *, version: int | None = None) -> Table |
     except TableNotFoundError:
         return None
     except DELTA_ERRORS as error:
-        if version is not None and (newest := find_table(uri, store)) is not None:
+        if version is not None and (newest := find_table(uri, store)) is not None and newest.version < version:
             raise CorpusError(
                 f"there is no version {version}.", where=uri, fix=f"The newest is {newest.version}."
             ) from error

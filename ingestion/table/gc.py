@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import re
-from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -25,7 +24,6 @@ DEFAULT_AGE = "24h"
 _OURS = re.compile(r"(dataset_id=[^/]+|shuffled)/part-[^/]+\.parquet|_genescale/(sources|shuffle)/.+")
 _AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_ASKED_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,10 @@ def collect_garbage(
     progress.start(len(loose), "files")
     deleted: list[Entry] = []
     young: list[Entry] = []
-    for path, written in _ages(corpus, loose):
+    filesystem, root = corpus.store.arrow_filesystem(corpus.uri)
+    for path in loose:
+        # Asked just before it goes: an ingest may write a part of the same name again at any moment. None is unknown.
+        written = filesystem.get_file_info(f"{root}/{path}").mtime
         old = written is not None and written <= limit
         (deleted if old else young).append(present[path])
         if old and not dry_run:
@@ -85,12 +86,3 @@ def parse_age(text: str) -> datetime.timedelta:
     if not match:
         raise SettingsError(f"'{text}' is not a duration.", where="--older-than", fix="Write 24h, 30m or 7d.")
     return datetime.timedelta(seconds=float(match[1]) * _SECONDS[match[2]])
-
-
-def _ages(corpus: Corpus, paths: Sequence[str]) -> Iterator[tuple[str, datetime.datetime | None]]:
-    """Each path with the time it was written, None when nobody knows (then it stays)."""
-    filesystem, root = corpus.store.arrow_filesystem(corpus.uri)
-    for start in range(0, len(paths), _ASKED_AT_ONCE):
-        some = paths[start : start + _ASKED_AT_ONCE]
-        for path, info in zip(some, filesystem.get_file_info([f"{root}/{path}" for path in some]), strict=True):
-            yield path, info.mtime

@@ -16,7 +16,7 @@ from typing import Any
 
 from genescale.ingestion.corpus import Corpus
 from genescale.ingestion.schema import corpus_schema
-from genescale.ingestion.table.commits import Change, apply
+from genescale.ingestion.table.commits import Change, apply, check_parts
 from genescale.ingestion.table.delta_table import Table, TableFile
 from genescale.ingestion.table.parts import ROW_GROUP_CELLS
 from genescale.ingestion.table.records import CommitRecord, DatasetRecord, NewPart
@@ -222,5 +222,7 @@ def _commit(
             transactions=[TRANSACTION],
         )
 
+    # A run that goes on after a long time takes over parts that are old enough for gc.
+    check_parts(output, parts)
     apply(output.uri, output.store, decide)
     return output.at_newest()

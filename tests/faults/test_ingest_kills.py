@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -250,8 +251,10 @@ def worker_killer() -> Iterator[Callable[[Callable[[], bool], int], threading.Th
         def run() -> None:
             while not done.is_set() and kill.left:
                 if when() and (found := working_processes()):
-                    os.kill(found[0], signal.SIGKILL)
-                    kill.left -= 1
+                    # It may have ended by itself since it was seen.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(found[0], signal.SIGKILL)
+                        kill.left -= 1
                     done.wait(0.4)
                 time.sleep(0.01)
 

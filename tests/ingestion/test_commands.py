@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import Any
 import polars as pl
 import pytest
 
+from genescale.ingestion import pipeline
 from genescale.ingestion.commands import genes, ingest, medians, simulate
 from genescale.ingestion.corpus_commands import corpus
-from genescale.platform import cli
+from genescale.ingestion.reports.report import IngestReport, SourceReport
+from genescale.platform import cli, cluster
 from genescale.platform.errors import CorpusError, SettingsError
+from genescale.platform.storage import Store
+from genescale.platform.vocabulary import Vocabulary
 from genescale.platform.vocabulary_command import vocabulary as vocabulary_command
+from genescale.platform.vocabulary_files import write_vocabulary
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -87,6 +93,24 @@ def test_the_report_lies_in_the_corpus_or_where_it_is_asked_for(
     assert len(list(Path("corpus/_genescale/reports").iterdir())) == 1, "a run without news writes nothing"
     assert ingest([*base, "--report", "told"]) == 0
     assert json.loads(Path("told/report.json").read_text())["sources"][0]["status"] == "already_committed"
+
+
+def test_runs_that_begin_in_the_same_second_keep_their_reports(
+    tmp_path: Path, vocabulary: Vocabulary, local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_vocabulary(vocabulary, "v.parquet", local_store)
+    monkeypatch.setattr(cluster, "ray_cluster", contextlib.nullcontext)
+
+    def run(sources: list[str], uri: str, **_: Any) -> IngestReport:
+        source = SourceReport(uri=sources[0], dataset_id=sources[0], status="ingested")
+        return IngestReport(corpus_uri=uri, version=1, sources=(source,), started="2026-11-23T10:00:00+00:00")
+
+    monkeypatch.setattr(pipeline, "ingest", run)
+    for name in ("one.h5ad", "two.h5ad"):
+        assert ingest([name, "--corpus", "corpus", "--vocabulary", "v.parquet", "--no-tracking"]) == 0
+    kept = Path("corpus/_genescale/reports").glob("20261123T100000*/report.json")
+    assert sorted(json.loads(path.read_text())["sources"][0]["uri"] for path in kept) == ["one.h5ad", "two.h5ad"]
 
 
 def test_medians_of_more_atlases_without_reading_the_old_ones_again(

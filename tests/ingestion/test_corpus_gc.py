@@ -103,6 +103,25 @@ def test_writers_beside_gc_lose_nothing(empty: Corpus, planted: Any) -> None:
     assert verify(corpus).ok
 
 
+def test_a_file_that_is_written_again_meanwhile_stays(
+    empty: Corpus, planted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that is ingested once more gives parts of the same names as the run that was killed."""
+    cells, delete, hours_ago = [planted.cells(7, 5), planted.cells(8, 6)], empty.store.delete, 1e9
+    planted.parts(empty, "a", cells[:1])
+    for part in [*planted.parts(empty, "a", cells[:1]), *planted.parts(empty, "b", cells)]:
+        os.utime(join(empty.uri, part.path), (hours_ago, hours_ago))
+
+    def beside(uri: str) -> None:
+        monkeypatch.undo()
+        planted.add(empty, "b", cells)
+        delete(uri)
+
+    monkeypatch.setattr(empty.store, "delete", beside)
+    assert len(collect_garbage(empty, older_than=DAY).deleted) == 1
+    assert verify(empty.at_newest()).ok
+
+
 def test_a_part_that_gc_took_is_never_committed(empty: Corpus, planted: Any) -> None:
     parts = planted.parts(empty, "a", [planted.cells(5, 1)])
     collect_garbage(empty, older_than=AT_ONCE)

@@ -14,12 +14,13 @@ import pytest
 
 from genescale.ingestion.corpus import Corpus
 from genescale.ingestion.table import compact as compact_module
+from genescale.ingestion.table import shuffle as shuffle_module
 from genescale.ingestion.table import shuffle_stages
 from genescale.ingestion.table.gc import collect_garbage, parse_age
 from genescale.ingestion.table.shuffle import SCRATCH_FOLDER, ShuffleConfig, shuffle
 from genescale.ingestion.table.shuffle_order import buckets, place_hashes
 from genescale.ingestion.table.verify import verify
-from genescale.platform.errors import ClusterError, CorpusError
+from genescale.platform.errors import ClusterError, CorpusError, IntegrityError
 from genescale.platform.storage import join
 
 PINNED = [2200152310434931078, 1715537843659101872]
@@ -276,3 +277,21 @@ def test_hashes_are_spread_and_never_shared() -> None:
     assert place_hashes(0, "a", [0, 1]).tolist() == PINNED
     rising = np.sort(hashes)
     assert np.all(np.diff(buckets(rising, 7)) >= 0)
+
+
+def test_a_part_that_gc_took_is_never_committed(
+    three: Corpus, tmp_path: Path, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shuffle that goes on after a day takes over parts that are old enough to be deleted."""
+    made, output = shuffle_module.make_parts, str(tmp_path / "out")
+
+    def beside_gc(*arguments: Any) -> Any:
+        parts = made(*arguments)
+        collect_garbage(Corpus.open(output, three.store), older_than=parse_age("0s"))
+        return parts
+
+    monkeypatch.setattr(shuffle_module, "make_parts", beside_gc)
+    with pytest.raises(IntegrityError, match="gone before its commit"):
+        shuffled(three, tmp_path / "out")
+    monkeypatch.setattr(shuffle_module, "make_parts", made)
+    assert verify(shuffled(three, tmp_path / "out")).ok

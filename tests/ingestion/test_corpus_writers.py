@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,8 @@ from deltalake.transaction import AddAction
 
 from genescale.ingestion.corpus import Corpus
 from genescale.ingestion.schema import CORPUS_SCHEMA_VERSION
+from genescale.ingestion.table import commits, delta_table
+from genescale.ingestion.table.delta_table import BrokenOffError, Table
 from genescale.ingestion.table.gc import collect_garbage
 from genescale.ingestion.table.verify import verify
 from genescale.platform.errors import CorpusError
@@ -122,6 +127,48 @@ def test_of_processes_that_replace_one_dataset_all_versions_are_whole(empty: Cor
         assert held.n_cells == held.dataset("a").n_cells in (5, 6, 7)
     present = [newest.is_committed(planted.source("a", etag=f"e{w}").identity) for w in range(3)]
     assert sum(present) == 1
+
+
+@pytest.mark.parametrize("operation", ["ingest", "replace", "remove"])
+def test_a_commit_that_lands_late_is_ours(
+    operation: str, empty: Corpus, planted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage may break a commit off and carry it out all the same, when we have looked for it already."""
+    corpus = planted.add(empty, "a", [planted.cells(3, 1)])
+    commit, waiting, said = Table.commit, list[Callable[[], None]](), list[str]()
+
+    def broken_off(table: Table, record: Any, **actions: Any) -> None:
+        if said:
+            return commit(table, record, **actions)
+        said.append(record["operation"])
+        waiting.append(functools.partial(commit, table, record, **actions))
+        raise BrokenOffError("the commit failed: timed out.", where=table.uri)
+
+    monkeypatch.setattr(Table, "commit", broken_off)
+    monkeypatch.setattr(commits, "time", SimpleNamespace(sleep=lambda _: waiting.pop()()))
+    if operation == "remove":
+        newest = corpus.remove("a")
+    else:
+        name = "b" if operation == "ingest" else "a"
+        newest = planted.add(corpus, name, [planted.cells(4, 2)], etag="2", replace=operation == "replace")
+    assert [record.operation for record in newest.history()][:2] == [said[0], "ingest"]
+    assert newest.version == corpus.version + 1
+    assert newest.n_cells == {"ingest": 7, "replace": 4, "remove": 0}[operation]
+
+
+def test_storage_that_fails_for_a_moment_hides_no_version(
+    empty: Corpus, planted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, opened = planted.add(empty, "a", [planted.cells(3, 1)]), delta_table.DeltaTable
+
+    def failing(uri: str, version: int | None = None, **options: Any) -> Any:
+        if version is not None:
+            raise OSError("connection reset")
+        return opened(uri, version=version, **options)
+
+    monkeypatch.setattr(delta_table, "DeltaTable", failing)
+    with pytest.raises(CorpusError, match=r"cannot be opened: connection reset.*try again"):
+        Corpus.open(corpus.uri, corpus.store, version=0)
 
 
 def first_release(uri: str, vocabulary: Vocabulary, store: Store, planted: Any) -> Cells:

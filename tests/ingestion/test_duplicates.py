@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 import genescale.ingestion.duplicates as duplicates
+from genescale.ingestion import pipeline, plan
 from genescale.ingestion.annotation.cells import CellRules
 from genescale.ingestion.annotation.genes import GeneRules, map_genes
 from genescale.ingestion.corpus import Corpus, NewPart, Source, dataset_folder
@@ -21,6 +23,7 @@ from genescale.ingestion.schema import part_schema, rows_table
 from genescale.ingestion.table.part_files import write_rows
 from genescale.ingestion.tally import Tally, binned
 from genescale.ingestion.tokenise import write_part
+from genescale.ingestion.unit_work import forget
 from genescale.platform.errors import SettingsError
 from genescale.platform.storage import Store
 from genescale.platform.vocabulary import Vocabulary, read_vocabulary
@@ -270,3 +273,31 @@ def test_two_files_of_the_same_real_cells(shared_data: Path, tmp_path: Path, loc
     assert (dict(first.matches), first.n_within) == ({}, 0)
     assert (dict(second.matches), second.n_within, second.parts) == ({"a": 2_638}, 0, ())
     assert second.notes[0] == "2,638 cells are count-identical to cells of dataset a"
+
+
+def test_what_another_run_committed_meanwhile_counts(
+    tmp_path: Path, write_atlas: Any, counts_of: Any, vocabulary: Vocabulary, local_store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A run of hours compares with what stands in the corpus when it commits, not with what stood there at first."""
+    for module in (pipeline, plan):
+        monkeypatch.setattr(module, "fan_out", lambda items, work: map(work, items))
+    known = SimpleNamespace(vocabulary=vocabulary, table=lambda config: None)
+    monkeypatch.setattr(pipeline, "_shared", lambda *_: known)
+    uri, config, inspect = str(tmp_path / "corpus"), pipeline.IngestConfig(duplicates="keep_first"), plan.inspect_files
+    paths = [str(write_atlas(name, counts_of(20))) for name in ("a.h5ad", "b.h5ad")]
+
+    def ingest(path: str) -> Any:
+        return pipeline.ingest([path], uri, vocabulary=vocabulary, store=local_store, config=config)
+
+    def beside(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(pipeline, "inspect_files", inspect)
+        assert ingest(paths[0]).kept == 20
+        return inspect(*arguments, **options)
+
+    Corpus.create(uri, vocabulary, local_store)
+    monkeypatch.setattr(pipeline, "inspect_files", beside)
+    (source,) = ingest(paths[1]).sources
+    forget()
+    assert source.duplicates["matches"] == {"a": 20}
+    assert Corpus.open(uri, local_store).n_cells == 20

@@ -14,7 +14,7 @@ import pytest
 from genescale.ingestion.opening import stat_source
 from genescale.ingestion.sources import SourceSpec, find_sources, verify_digest
 from genescale.platform.errors import AtlasError, ForbiddenPathError, SettingsError
-from genescale.platform.storage import Store, join
+from genescale.platform.storage import Entry, Store, join
 
 TRIPLE = ("matrix.mtx", "barcodes.tsv", "genes.tsv")
 
@@ -216,3 +216,20 @@ def test_a_digest_that_differs_is_told_with_both(folder: Path, local_store: Stor
     assert caught.value.where == str(folder / "one.h5ad")
     with pytest.raises(AtlasError, match=r"this source is a folder of several files\. Leave the digest out"):
         verify_digest(str(folder / "two.zarr"), "0" * 64, local_store)
+
+
+def test_a_file_that_goes_while_its_folder_is_looked_through_stops_no_other(
+    folder: Path, local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = local_store.list
+
+    def passing(prefix: str) -> list[Entry]:
+        (folder / "passing.h5").write_bytes(b"half a download")
+        entries = listed(prefix)
+        (folder / "passing.h5").unlink()
+        return entries
+
+    expected = [spec.uri for spec in find_sources([str(folder)], local_store).files]
+    monkeypatch.setattr(local_store, "list", passing)
+    found = [spec.uri for spec in find_sources([str(folder)], local_store).files]
+    assert sorted({*found} - {str(folder / "passing.h5")}) == sorted(expected)
