@@ -12,8 +12,8 @@ numbers on either way. For atlases, and to survive an interruption, take the com
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -90,14 +90,16 @@ class Perturber:
         from genescale.training.heads.predict import load_heads
 
         settings = settings or load_settings()
-        folder = Path(tempfile.mkdtemp(prefix="genescale-"))
-        bundle = fetch_bundle(model, settings, folder)
-        embedder = Embedder.load(bundle, device=device, attention=attention)
-        heads = load_heads(fetch_bundle(head, settings, folder), device=device) if head else None
-        Readouts(head=heads).check(embedder)
-        made = cls(embedder=embedder, store=Store(settings.storage), settings=settings, head=heads)
-        # A fetched bundle is read again when its digest is asked for, so its folder lives as long as the perturber.
-        weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
+        scratch = tempfile.TemporaryDirectory(prefix="genescale-", ignore_cleanup_errors=True)
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(scratch))
+            bundle = fetch_bundle(model, settings, folder)
+            embedder = Embedder.load(bundle, device=device, attention=attention)
+            heads = load_heads(fetch_bundle(head, settings, folder), device=device) if head else None
+            Readouts(head=heads).check(embedder)
+            made = cls(embedder=embedder, store=Store(settings.storage), settings=settings, head=heads)
+            # A fetched bundle is read again when its digest is asked for, so its folder lives as long as the perturber.
+            weakref.finalize(made, stack.pop_all().close)
         return made
 
     @property

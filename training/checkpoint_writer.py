@@ -28,6 +28,8 @@ from genescale.training.checkpoints import Checkpoints, Entry, Shard
 from genescale.training.shards import Snapshot
 
 RECEIPT_POLL_S = 0.2
+# The receipt of a share that is not stored, because its weights are no numbers.
+REFUSED = b"null"
 log = get_logger(__name__)
 
 
@@ -76,7 +78,7 @@ class CheckpointWriter:
     def _work(self, name: str, state: Mapping[str, Any], snapshot: Snapshot) -> None:
         try:
             if not snapshot.is_finite():
-                raise TrainingError(f"the weights of {name} hold values that are no numbers; it is not stored.")
+                self._refuse(name)
             self._store_shard(name, snapshot)
             if self._rank == 0:
                 entry = self._checkpoints.commit(name, state, self._receipts(name))
@@ -87,6 +89,13 @@ class CheckpointWriter:
         except BaseException as error:  # noqa: BLE001 - raised again in the thread of training
             self._error = error
 
+    def _refuse(self, name: str) -> None:
+        """Leave a receipt that says so, unless the first worker refuses: it would else wait for one."""
+        if self._rank:
+            _, receipt = self._addresses(name, self._rank)
+            self._put(receipt, REFUSED)
+        raise _no_numbers(name)
+
     def _store_shard(self, name: str, snapshot: Snapshot) -> None:
         shard, receipt = self._addresses(name, self._rank)
         with tempfile.TemporaryDirectory(prefix="genescale-checkpoint-") as folder:
@@ -95,9 +104,7 @@ class CheckpointWriter:
             with path.open("rb") as file:
                 record = Shard(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=path.stat().st_size)
             self._patiently(lambda: self._store.upload(path, shard), f"writing {shard}")
-        self._patiently(
-            lambda: self._store.write(receipt, json.dumps(dataclasses.asdict(record)).encode()), f"writing {receipt}"
-        )
+        self._put(receipt, json.dumps(dataclasses.asdict(record)).encode())
 
     def _receipts(self, name: str) -> dict[str, Shard]:
         """The shards of all workers, once all are stored."""
@@ -106,6 +113,8 @@ class CheckpointWriter:
         for rank in range(self._workers):
             shard, receipt = self._addresses(name, rank)
             data = self._receipt(receipt, rank, deadline)
+            if data == REFUSED:
+                raise _no_numbers(name)
             found[shard.rsplit("/", 1)[1]] = Shard(**json.loads(data))
         return found
 
@@ -127,5 +136,12 @@ class CheckpointWriter:
         folder = self._checkpoints.folder(name)
         return join(folder, f"{stem}.safetensors"), join(folder, f"{stem}.json")
 
+    def _put(self, address: str, data: bytes) -> None:
+        self._patiently(lambda: self._store.write(address, data), f"writing {address}")
+
     def _patiently(self, operation: Callable[[], Any], what: str) -> Any:
         return patiently(operation, patience=self._patience, what=what)
+
+
+def _no_numbers(name: str) -> TrainingError:
+    return TrainingError(f"the weights of {name} hold values that are no numbers; it is not stored.")

@@ -11,6 +11,7 @@ when it is not, the one before it is taken and the reason is told; when none is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -120,13 +121,16 @@ class Checkpoints:
         }
         data = json.dumps({**manifest, "seal": _seal(manifest)}, indent=1, sort_keys=True).encode()
         self._write(join(self.folder(entry_name), MANIFEST), data)
-        measured = state.get("held_out") or {}
-        return Entry(
-            name=entry_name,
-            steps=int(state["steps"]),
-            held_out_loss=measured.get("loss"),
-            order=tuple(state.get("order") or ()),
-        )
+        return _entry(entry_name, state)
+
+    def note(self, restored: Restored, keep: int) -> None:
+        """Put the checkpoint that a run goes on from into the ledger: whoever committed it may have died before that.
+
+        A damaged ledger stays as it is until the next checkpoint.
+        """
+        with contextlib.suppress(IntegrityError):
+            if restored.name not in {entry.name for entry in self._ledger(tolerant=False)}:
+                self.record(_entry(restored.name, restored.state), keep)
 
     def record(self, entry: Entry, keep: int) -> list[Entry]:
         """Put a checkpoint into the ledger, and remove those that are neither the last `keep` nor the best."""
@@ -203,6 +207,16 @@ class Checkpoints:
 
     def _patiently(self, operation: Callable[[], Result], what: str) -> Result:
         return patiently(operation, patience=self._patience, what=what)
+
+
+def _entry(name: str, state: Mapping[str, Any]) -> Entry:
+    measured = state.get("held_out") or {}
+    return Entry(
+        name=name,
+        steps=int(state["steps"]),
+        held_out_loss=measured.get("loss"),
+        order=tuple(state.get("order") or ()),
+    )
 
 
 def _rank(entry: Entry) -> tuple[tuple[float, ...], int]:

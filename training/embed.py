@@ -141,6 +141,8 @@ def embed_corpus(
     if missing:
         for row in _worked_off(missing, manifest.key, bundle, corpus, out_uri, store, config):
             progress.advance(row["cells"])
+        # Another run may have ended here meanwhile.
+        _refuse_other(manifest, out_uri, store)
     store.write(join(out_uri, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
     return EmbedReport(
         uri=out_uri,
@@ -214,19 +216,24 @@ def _manifest(bundle: Bundle, corpus: Corpus, config: EmbedConfig, units: Sequen
 
 def _missing(units: Sequence[Unit], manifest: Manifest, out_uri: str, store: Store) -> list[Unit]:
     """The units whose files are not there; raises AlreadyExistsError for a finished run of something else."""
+    _refuse_other(manifest, out_uri, store)
+    there = {entry.uri.rsplit("/", 1)[-1] for entry in store.list(out_uri)}
+    return [unit for unit in units if file_name(manifest.key, unit) not in there]
+
+
+def _refuse_other(manifest: Manifest, out_uri: str, store: Store) -> None:
+    """AlreadyExistsError when the folder holds a finished run of something else."""
     try:
         stored = read_manifest(out_uri, store)
     except NotFoundError:
-        stored = None
-    if stored is not None and stored.key != manifest.key:
+        return
+    if stored.key != manifest.key:
         raise AlreadyExistsError(
             f"the folder holds embeddings of model {stored.bundle_digest[:12]}, corpus "
             f"{stored.corpus_uri}@{stored.corpus_version}, {stored.layer}, {stored.pooling}.",
             where=out_uri,
             fix="Choose another output folder, or delete this one.",
         )
-    there = {entry.uri.rsplit("/", 1)[-1] for entry in store.list(out_uri)}
-    return [unit for unit in units if file_name(manifest.key, unit) not in there]
 
 
 def _worked_off(

@@ -125,8 +125,8 @@ def pretrain(
         )
         log.info("pretraining %s: %d steps, %d cells", folder.name, plan.total_steps, len(plan.training.cells))
         progress.start(plan.total_steps, "steps")
-        rows = _Rows(run, progress, _journal_path(settings, run))
         outcome = folder.finished()
+        rows = _Rows(run, progress, _journal_path(settings, run))
         if not outcome:
             outcome = _train(job, rows, cpus_per_worker)
         unsent = rows.close(patience)

@@ -117,7 +117,7 @@ def run_job(job: Job, reporter_of: Callable[[int], Reporter]) -> dict[str, Any]:
     engine, reporter = training.engine, reporter_of(training.engine.rank)
     checkpoints = Checkpoints(job.store, join(job.home, CHECKPOINTS), patience=job.patience)
     try:
-        start, restored = _restore(checkpoints, training, reporter)
+        start, restored = _restore(checkpoints, training, reporter, job.keep)
     except IntegrityError as error:
         return {"failed": error}
     # Says how far an earlier attempt came, so that progress is counted from there.
@@ -181,11 +181,11 @@ class _BoardReporter:
             ray.get(self._board.say.remote(text))
 
 
-def _restore(checkpoints: Checkpoints, training: Training, reporter: Reporter) -> tuple[Any, str]:
+def _restore(checkpoints: Checkpoints, training: Training, reporter: Reporter, keep: int) -> tuple[Any, str]:
     """The state of the newest whole checkpoint, put into the engine, and its name; a fresh state when there is none."""
     with tempfile.TemporaryDirectory(prefix="genescale-restore-") as scratch:
         # The first worker chooses, so that all take the same one; each checks the bytes that it reads.
-        newest = from_first_worker(training.engine.rank, lambda: _newest(checkpoints, Path(scratch)))
+        newest = from_first_worker(training.engine.rank, lambda: _newest(checkpoints, Path(scratch), keep))
         if isinstance(newest, IntegrityError):
             raise newest
         if newest is None:
@@ -195,18 +195,29 @@ def _restore(checkpoints: Checkpoints, training: Training, reporter: Reporter) -
             reporter.remark(f"A damaged checkpoint was passed over: {reason}")
         if rejected:
             reporter.remark(f"The run goes on from {name}.")
-        restored = checkpoints.fetch(name, Path(scratch))
+        try:
+            restored = checkpoints.fetch(name, Path(scratch))
+        except IntegrityError as error:
+            # Not the run's end: a worker that gave it up alone would leave the others waiting for it.
+            raise StorageError(
+                f"{name} was found whole by the first worker and cannot be read now: {error}",
+                where=checkpoints.uri,
+                fix="Start the run again.",
+            ) from error
         training.engine.restore(restored.saved)
         return training.state(restored.state), name
 
 
-def _newest(checkpoints: Checkpoints, scratch: Path) -> tuple[str, tuple[str, ...]] | IntegrityError | None:
+def _newest(checkpoints: Checkpoints, scratch: Path, keep: int) -> tuple[str, tuple[str, ...]] | IntegrityError | None:
     """(name, newer ones that are damaged) of the newest whole checkpoint; the error when none of them is whole."""
     try:
         found = checkpoints.newest_whole(scratch)
     except IntegrityError as error:
         return error
-    return (found.name, found.rejected) if found else None
+    if found is None:
+        return None
+    checkpoints.note(found, keep)
+    return found.name, found.rejected
 
 
 def from_first_worker(rank: int, answer: Callable[[], Any]) -> Any:
@@ -220,7 +231,7 @@ def from_first_worker(rank: int, answer: Callable[[], Any]) -> Any:
 
 def _with_last_checkpoint(error: TrainingError, writer: CheckpointWriter, restored: str) -> TrainingError:
     # What stopped the run is the other error.
-    with contextlib.suppress(StorageError, TrainingError):
+    with contextlib.suppress(Exception):
         writer.wait()
     last = writer.committed.name if writer.committed else restored
     good = f"The last good checkpoint is {last}." if last else "There is no checkpoint before it."

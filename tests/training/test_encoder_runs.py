@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -18,15 +20,27 @@ import torch
 
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.bundle import Bundle
-from genescale.platform.errors import ClusterError, CorpusError, SettingsError, TrainingError
+from genescale.platform.errors import (
+    ClusterError,
+    CorpusError,
+    IntegrityError,
+    SettingsError,
+    StorageError,
+    TrainingError,
+)
 from genescale.platform.settings import StorageSettings
 from genescale.platform.storage import Store
+from genescale.training.batches import StepBatch
+from genescale.training.checkpoints import Checkpoints, Restored
+from genescale.training.engine import TorchEngine
 from genescale.training.fitting.config import FinetuneConfig
 from genescale.training.fitting.encoder_fitting import fit_encoder
 from genescale.training.fitting.encoder_model import check_trainable
+from genescale.training.fitting.encoder_worker import FitRhythm
 from genescale.training.fitting.epochs import Epoch, Fitted
 from genescale.training.fitting.examples import NO_LABEL
 from genescale.training.heads.spec import HeadSpec
+from genescale.training.shards import Snapshot
 from tests.training.disturbed_runs import DeadlyCorpus
 
 WORKER_FILE = Path(__file__).with_name("deepspeed_fit_worker.py")
@@ -36,6 +50,7 @@ DEADLY_READ = 11
 SHARED = runpy.run_path(str(WORKER_FILE))
 CONFIG: FinetuneConfig = SHARED["CONFIG"]
 CELLS: HeadSpec = SHARED["CELLS"]
+RHYTHM: FitRhythm = SHARED["RHYTHM"]
 labelled, parts, reader, fit = (SHARED[name] for name in ("labelled", "parts", "reader", "fit"))
 Weights = dict[str, np.ndarray]
 FirstFit = tuple[Fitted, Weights, list[Epoch]]
@@ -101,7 +116,7 @@ shared, store = runpy.run_path(sys.argv[1]), Store(StorageSettings())
 corpus = Corpus.open(sys.argv[3], store)
 
 def slow(epoch):
-    time.sleep(0.5)
+    time.sleep(0.1 if epoch.number < 3 else 600)
 
 shared["fit"](open_bundle(Path(sys.argv[2])), corpus, run_home=sys.argv[4], store=store, corpus=corpus,
     on_epoch=slow, rhythm=shared["RHYTHM"])
@@ -153,6 +168,59 @@ def test_a_run_folder_keeps_the_best_epoch_and_not_the_last(
     assert stored.best_epoch == len(stored.history) - 3
     assert all(np.array_equal(same[name], weights[name]) for name in weights)
     assert all(torch.equal(a, b) for a, b in zip(stored.head.parameters(), kept.head.parameters(), strict=True))
+
+
+def test_a_fit_whose_process_died_before_its_last_checkpoint_was_noted_goes_on(
+    tiny_bundle: Bundle, tiny_corpus: Corpus, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, epochs=1)
+    options = {"run_home": str(tmp_path), "store": Store(StorageSettings()), "corpus": tiny_corpus}
+    result, weights = fit(tiny_bundle, tiny_corpus, config, **options)
+    # The manifest was the last that it wrote.
+    for name in ("checkpoints/ledger.json", "fitted.safetensors", "finished.json"):
+        (tmp_path / name).unlink()
+    again, same = fit(tiny_bundle, tiny_corpus, config, **options)
+    assert again.history == result.history
+    assert all(np.array_equal(same[name], weights[name]) for name in weights)
+
+
+def test_a_checkpoint_that_only_one_worker_cannot_read_is_no_reason_to_give_up_the_run(
+    tiny_bundle: Bundle, tiny_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that gave up alone would leave the others waiting for it; a start of all of them mends it."""
+    options = {"run_home": str(tmp_path), "store": Store(StorageSettings()), "corpus": tiny_corpus}
+    config = dataclasses.replace(CONFIG, epochs=1)
+    fit(tiny_bundle, tiny_corpus, config, **options)
+    (tmp_path / "finished.json").unlink()
+    fetch, reads = Checkpoints.fetch, []
+
+    def read(self: Checkpoints, name: str, scratch: Path) -> Restored:
+        reads.append(name)
+        if len(reads) > 1:
+            raise IntegrityError("differs from its recorded digest.", where=name)
+        return fetch(self, name, scratch)
+
+    monkeypatch.setattr(Checkpoints, "fetch", read)
+    with pytest.raises(StorageError, match=r"found whole by the first worker.*differs from its recorded digest"):
+        fit(tiny_bundle, tiny_corpus, config, **options)
+
+
+def test_what_stopped_a_fit_is_told_and_not_that_its_checkpoint_failed_too(
+    tiny_bundle: Bundle, tiny_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = TorchEngine.step
+
+    def broken(self: TorchEngine, batch: StepBatch) -> torch.Tensor:
+        return step(self, batch) * (math.nan if batch.step > RHYTHM.checkpoint_every else 1)
+
+    def full(self: Snapshot, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TorchEngine, "step", broken)
+    monkeypatch.setattr(Snapshot, "write", full)
+    options = {"run_home": str(tmp_path), "store": Store(StorageSettings()), "corpus": tiny_corpus}
+    with pytest.raises(TrainingError, match=r"the loss of step 4 is nan.*There is no checkpoint before it"):
+        fit(tiny_bundle, tiny_corpus, rhythm=RHYTHM, **options)
 
 
 def test_a_loss_that_is_no_number_stops_with_its_cells_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -223,6 +224,21 @@ def test_what_needs_gpus_is_refused_on_processors_before_anything_starts(
     with pytest.raises(SettingsError, match=r"CUDA|needs GPUs"):
         pretrain(dataclasses.replace(CONFIG, **changes), tiny_corpus, tracker=MemoryTracker(), workers=2, **where)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_record_of_a_finished_run_leaves_no_journal_at_work(
+    tiny_corpus: Corpus, settings_for: Callable[[Path], Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genescale.training.pretrain.check_room", lambda *_: None)
+    monkeypatch.setattr("genescale.training.pretrain.gpus_for", lambda workers: False)
+    settings = settings_for(tmp_path)
+    where = {"settings": settings, "store": Store(settings.storage), "storage_uri": str(tmp_path)}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "finished.json").write_text("{", encoding="utf-8")
+    before = set(threading.enumerate())
+    with pytest.raises(IntegrityError, match="is not JSON"):
+        pretrain(CONFIG, tiny_corpus, tracker=MemoryTracker(), run_name="run", **where)
+    assert [thread.name for thread in set(threading.enumerate()) - before] == []
 
 
 def test_more_workers_than_processors_are_refused(

@@ -19,11 +19,14 @@ import pytest
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.bundle import Bundle, open_bundle
 from genescale.platform.errors import ClusterError, InputError, IntegrityError, SettingsError
+from genescale.platform.progress import SILENT
 from genescale.platform.settings import build
 from genescale.platform.tracking import MemoryTracker
 from genescale.training.fitting.config import FinetuneConfig
 from genescale.training.fitting.finetune import finetune
+from genescale.training.sweeps.ray_tuning import Trials
 from genescale.training.sweeps.sweep_spec import TuneSpec, spec_of
+from genescale.training.sweeps.trial_records import SweepFolder, Trial
 from genescale.training.sweeps.tune import BEST, TuneResult, tune
 
 FINETUNE = {"epochs": 6, "fractions": [0.6, 0.2, 0.2], "cells_per_batch": 32, "device": "cpu"}
@@ -271,3 +274,16 @@ def test_another_sweep_never_goes_on_in_a_folder(
     assert swept.uri.endswith(first[:16])
     with pytest.raises(IntegrityError, match="another sweep"):
         SweepFolder(swept.uri, second, tiny_corpus.store).open({})
+
+
+def test_a_trial_whose_file_was_deleted_is_drawn_again_and_no_other(tiny_corpus: Corpus, tmp_path: Path) -> None:
+    folder = SweepFolder(str(tmp_path), "key", tiny_corpus.store)
+    ended = [Trial(number=number, sample={"seed": 7}, status="finished") for number in (0, 2)]
+    for trial in ended:
+        folder.keep(trial)
+    trials = Trials(make_spec(search={"seed": {"choices": [0, 7]}}, sweep={"trials": 3}), folder, SILENT)
+    drawn = trials.next()
+    assert drawn is not None
+    assert drawn.number == 1
+    assert trials.next() is None
+    assert [one for one in folder.trials().values() if one.ended] == ended

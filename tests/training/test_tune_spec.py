@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from genescale.ingestion.corpus import Corpus
-from genescale.platform.errors import SettingsError
+from genescale.platform.errors import SettingsError, TrackingError
+from genescale.platform.memory_tracker import MemoryRun, MemoryTracker
 from genescale.platform.settings import build
 from genescale.training.fitting.config import FinetuneConfig, TaskTarget
 from genescale.training.sweeps.importance import importance
 from genescale.training.sweeps.sampling import Drawing
 from genescale.training.sweeps.sweep_spec import TuneSpec, read_spec, spec_of
+from genescale.training.sweeps.tracking_trials import TrialRuns
 from genescale.training.sweeps.trial import rungs
 from genescale.training.sweeps.trial_records import SweepFolder, Trial, advanced, best_first
 from genescale.training.sweeps.winner import winner_config, write_winner
@@ -164,6 +166,25 @@ def test_a_trial_that_is_tried_again_begins_its_curve_anew() -> None:
     trial = advanced(advanced(Trial(number=0, sample={}), report(3, 0.5)), report(9, 0.7))
     again = advanced(trial, report(3, 0.4))
     assert (again.steps, again.score, len(again.epochs)) == (((3, 0.4),), 0.4, 1)
+
+
+def test_a_trial_whose_recording_broke_off_goes_on_in_the_run_it_began(
+    tiny_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, folder = MemoryTracker(), SweepFolder(str(tmp_path), "key", tiny_corpus.store)
+    trial = Trial(number=0, sample={"hidden": 8}, status="finished", score=0.5)
+
+    def away(*_: Any, **more: Any) -> None:
+        raise TrackingError("cannot connect to MLflow.")
+
+    with tracker.run("sweep") as sweep:
+        runs = TrialRuns(tracker, sweep, folder)
+        for broken in ("log_params", "log_metric_rows"):
+            with monkeypatch.context() as patch:
+                patch.setattr(MemoryRun, broken, away)
+                assert not runs.record(trial).tracked
+        assert runs.record_now(trial).tracked
+    assert [run.name for run in tracker.runs.values()] == ["sweep", "trial-0000"]
 
 
 def test_importance_finds_the_setting_that_decides() -> None:

@@ -2,9 +2,10 @@
 
 Axis suffixes: `r` rows, `d` width.
 
-An entry is two files: `vectors-KEY.safetensors`, and `vectors-KEY.json`, written last, which holds what decides the
-vectors and the sha256 of the first. KEY is a digest of what decides them, so another model, corpus version, layer,
-pooling, precision or choice of rows has another entry. An entry that is not what its name says is refused.
+An entry is two files: `vectors-KEY-DIGEST.safetensors`, and `vectors-KEY.json`, written last, which holds what decides
+the vectors, and the name and sha256 of the first. KEY is a digest of what decides them, so another model, corpus
+version, layer, pooling, precision or choice of rows has another entry; DIGEST is that of the vectors, so that two runs
+that store the same entry at once do not mix their files. An entry that is not what its name says is refused.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def read_vectors(uri: str, key: VectorKey, store: Store) -> np.ndarray | None:
         raise IntegrityError("the entry's description is not JSON.", where=f"{address}.json", fix=_REPAIR) from error
     _check_key(about.get("key"), key, f"{address}.json")
     try:
-        data = store.read(f"{address}.safetensors")
+        data = store.read(join(uri, about.get("file", f"{key.name}.safetensors")))
         if hashlib.sha256(data).hexdigest() != about.get("sha256"):
             raise IntegrityError("the vectors are not those that were written.", where=address, fix=_REPAIR)
         vectors_rd = safetensors.numpy.load(data)[TENSOR]
@@ -71,12 +72,13 @@ def read_vectors(uri: str, key: VectorKey, store: Store) -> np.ndarray | None:
 
 def write_vectors(uri: str, key: VectorKey, vectors_rd: np.ndarray, store: Store) -> None:
     """Keep vectors (r, d) float32 as the entry of `key`; an equal entry that is there already is replaced by itself."""
-    address = join(uri, key.name)
     data = safetensors.numpy.save({TENSOR: np.ascontiguousarray(vectors_rd, dtype=np.float32)})
     about = {"schema_version": 1, "key": asdict(key), "rows": len(vectors_rd), "width": int(vectors_rd.shape[1])}
-    about["sha256"] = hashlib.sha256(data).hexdigest()
-    store.write(f"{address}.safetensors", data)
-    store.write(f"{address}.json", json.dumps(about, indent=2).encode())
+    digest = hashlib.sha256(data).hexdigest()
+    file = f"{key.name}-{digest[:16]}.safetensors"
+    store.write(join(uri, file), data)
+    about |= {"file": file, "sha256": digest}
+    store.write(join(uri, f"{key.name}.json"), json.dumps(about, indent=2).encode())
 
 
 def _check_key(found: Any, key: VectorKey, where: str) -> None:

@@ -11,6 +11,7 @@ process dies takes no other with it, and the next one gets a new process.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -64,7 +65,8 @@ class Trials:
         elif len(self.by_number) >= self.spec.sweep.trials:
             return None
         else:
-            number = len(self.by_number)
+            # Not how many there are: a damaged file may have been deleted, and its number is free.
+            number = next(number for number in itertools.count() if number not in self.by_number)
             trial = Trial(number=number, sample=self.drawing.sample(number, self.by_number.values()))
         return self.keep(trial)
 

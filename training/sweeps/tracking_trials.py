@@ -24,14 +24,15 @@ class TrialRuns:
 
     def __init__(self, tracker: Tracker, parent: Run, folder: SweepFolder) -> None:
         self.tracker, self.parent, self.folder = tracker, parent, folder
-        # A kill may have come between the making of a run and the note of its id.
-        self.begun = tracker.children(parent.id)
+        # A kill, or a tracker that was away, may have come between the making of a run and the note of its id.
+        self.begun: Mapping[str, str] | None = tracker.children(parent.id)
 
     def record(self, trial: Trial) -> Trial:
         """Record an ended trial unless that is done; unchanged when the tracker is away."""
         try:
             return self.record_now(trial)
         except TrackingError:
+            self.begun = None
             return trial
 
     def record_now(self, trial: Trial) -> Trial:
@@ -41,6 +42,8 @@ class TrialRuns:
         tags = {"stage": "trial", "trial": trial.name, "status": trial.status}
         if trial.error:
             tags["error"] = trial.error[:500]
+        if self.begun is None:
+            self.begun = self.tracker.children(self.parent.id)
         begun = trial.run_id or self.begun.get(trial.name, "")
         run = self.tracker.run(trial.name, params=dict(trial.sample), tags=tags, parent=self.parent.id, resume=begun)
         with run as child:
