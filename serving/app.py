@@ -260,9 +260,10 @@ class Ingress:
         """Questions that a release is working on for this process."""
         return self._models.versions.in_work(release)
 
-    def forget(self, release: Release) -> None:
+    async def forget(self, release: Release) -> None:
         """Let go of a release that nothing names any more."""
-        self._models.versions.forget(release)
+        # Versions take turns, and one that is made ready meanwhile takes its time.
+        await asyncio.to_thread(self._models.versions.forget, release)
 
 
 def _check_room(config: ServingConfig) -> None:

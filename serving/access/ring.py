@@ -39,6 +39,7 @@ class KeyRing:
         self._check_every_s, self._clock = check_every_s, clock
         self._checked_s = clock()
         self._seen = _signature(self._file) if self._file else None
+        self._refused: tuple[Signature | None, str] | None = None
         self._known = _digests((*self._fixed, *(read_keys(self._file) if self._file else ())))
 
     def find(self, presented: bytes) -> ApiKey | None:
@@ -59,13 +60,16 @@ class KeyRing:
         seen = _signature(self._file)
         if seen == self._seen:
             return
-        self._seen = seen
         try:
             keys = read_keys(self._file)
         except SettingsError as error:
-            # What is wrong, without the place: a log line names no path.
-            log.error("the keys file cannot be used any more; the keys it held stay in force: %s", error.what)
+            # Read again at the next look, for it may be storage that failed; said once.
+            if self._refused != (seen, error.what):
+                self._refused = seen, error.what
+                # What is wrong, without the place: a log line names no path.
+                log.error("the keys file cannot be used any more; the keys it held stay in force: %s", error.what)
             return
+        self._seen, self._refused = seen, None
         self._known = _digests((*self._fixed, *keys))
         log.info("read the keys file again: %d keys", len(keys))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +34,11 @@ from genescale.client.retries import Outcome, Retries
 from genescale.client.runs import EmbeddingRun, OnProgress, Unusable
 from genescale.client.sources import ListedCells, ObjectCells, Source
 from genescale.client.together import AT_ONCE, run_on_threads
+from genescale.platform.errors import ServiceError
 from genescale.platform.settings import Secret
+
+NEVER = threading.Event()
+"""Of a question whose answer is waited for to the end."""
 
 
 class GenescaleClient:
@@ -226,7 +232,7 @@ class GenescaleClient:
         """The answer to a question, tried again while the service is busy or restarting."""
         return self._ask(self._http, question)
 
-    def _ask(self, http: httpx.Client, question: Question[Answer]) -> Answer:
+    def _ask(self, http: httpx.Client, question: Question[Answer], over: threading.Event = NEVER) -> Answer:
         attempt = 0
         while True:
             attempt += 1
@@ -236,6 +242,8 @@ class GenescaleClient:
             if isinstance(outcome, httpx.Response) and wait_s is None:
                 return question.read(outcome)
             self._sleep(wait_s or 0.0)
+            if over.is_set():
+                raise ServiceError("nobody waits for this answer any more.", where=where)
 
     def close(self) -> None:
         """Close the connections."""
@@ -252,7 +260,7 @@ class GenescaleClient:
 
     def _embed(self, source: Source, at_once: int, **options: Any) -> EmbeddedCells:
         run = EmbeddingRun(source, self.info(), bodies=self._bodies, **options)
-        run_on_threads(run, self.ask, at_once)
+        run_on_threads(run, functools.partial(self._ask, self._http), at_once)
         return run.result()
 
     def _download(self, download: Download) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
@@ -18,13 +19,17 @@ Outcome = EmbeddingsAnswer | GenescaleError
 
 
 def run_on_threads(
-    run: EmbeddingRun, ask: Callable[[Question[EmbeddingsAnswer]], EmbeddingsAnswer], at_once: int
+    run: EmbeddingRun, ask: Callable[[Question[EmbeddingsAnswer], threading.Event], EmbeddingsAnswer], at_once: int
 ) -> None:
-    """Send all of a run, `at_once` requests at a time; raises what the run raises, and sends nothing after it."""
+    """Send all of a run, `at_once` requests at a time; raises what the run raises, and sends nothing after it.
+
+    `ask` is also given an event that is set when nobody waits for the answer any more.
+    """
+    over = threading.Event()
 
     def outcome(question: Question[EmbeddingsAnswer]) -> Outcome:
         try:
-            return ask(question)
+            return ask(question, over)
         except GenescaleError as error:
             return error
 
@@ -40,6 +45,7 @@ def run_on_threads(
                 run.settle(running.pop(future), future.result())
     finally:
         # After an error nobody waits for the others.
+        over.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 

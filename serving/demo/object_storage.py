@@ -48,10 +48,11 @@ def save_bucket(store: Store, bucket: str, folder: Path) -> None:
         if known.get(name) != entry.etag or not copy.is_file():
             store.download(entry.uri, copy)
         kept[name] = entry.etag
+    # The index first, because whatever it names must be there.
+    store.write(str(index), json.dumps(kept, indent=1, sort_keys=True).encode())
     for path in folder.rglob("*"):
         if path.is_file() and path.relative_to(folder).as_posix() not in kept:
             path.unlink()
-    store.write(str(index), json.dumps(kept, indent=1, sort_keys=True).encode())
 
 
 def load_bucket(store: Store, bucket: str, folder: Path) -> int:

@@ -131,6 +131,8 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _clear(path: Path) -> None:
+    # First what says that stages are finished: a kill may leave the rest.
+    (path / "state.json").unlink(missing_ok=True)
     for entry in path.iterdir():
         if entry.name not in (MARK, *SCRATCH):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -110,8 +110,7 @@ class Jobs:
 
     async def job(self, caller: Caller, job_id: str) -> JobAnswered:
         """A job as it stands; RefusedError (404) for one that there is not, or that is another key's."""
-        ticket = await self._ticket(caller, job_id)
-        return self._answered(await asyncio.to_thread(self.board.job, ticket))
+        return self._answered(await self._job(caller, job_id))
 
     async def jobs(self, caller: Caller, *, limit: int, before: str) -> JobsAnswered:
         """The caller's jobs, or everybody's, the newest first, from behind the job `before` on."""
@@ -123,20 +122,18 @@ class Jobs:
 
     async def cancel(self, caller: Caller, job_id: str) -> JobAnswered:
         """Ask for the end of a job; nothing happens to one that is over."""
-        ticket = await self._ticket(caller, job_id)
-        job = await asyncio.to_thread(self.board.job, ticket)
+        job = await self._job(caller, job_id)
         if not job.over:
-            await asyncio.to_thread(self.board.ask_to_cancel, ticket)
+            await asyncio.to_thread(self.board.ask_to_cancel, job.ticket)
             # Written down it is: without a supervisor that hears of it now, the next one reads it.
             with contextlib.suppress(ServiceError):
                 await self.desk.wake()
-            job = await asyncio.to_thread(self.board.job, ticket)
+            job = await self._job(caller, job_id)
         return self._answered(job)
 
     async def file(self, caller: Caller, job_id: str, name: str) -> Download:
         """A file of a job's result, the main one without a name; RefusedError (404, 409) where there is none."""
-        ticket = await self._ticket(caller, job_id)
-        job = await asyncio.to_thread(self.board.job, ticket)
+        job = await self._job(caller, job_id)
         if job.state != "succeeded" or job.attempt is None:
             raise RefusedError(
                 Problem(
@@ -150,7 +147,7 @@ class Jobs:
         found = files.get(name) if name else job.attempt.files[0]
         if found is None:
             raise _not_found(f"the result has no file of that name; there are {', '.join(files)}.")
-        return Download(uri=join(self.board.results(ticket.id), found.path), file=found)
+        return Download(uri=join(self.board.results(job.ticket.id), found.path), file=found)
 
     async def link(self, download: Download) -> JobLinkAnswered | None:
         """A link to the file in object storage; None where it passes through the service."""
@@ -205,15 +202,16 @@ class Jobs:
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
-    async def _ticket(self, caller: Caller, job_id: str) -> Ticket:
+    async def _job(self, caller: Caller, job_id: str) -> Job:
         found = None
         if JOB_ID.fullmatch(job_id):
             found = await asyncio.to_thread(self.board.ticket, caller.owner, job_id)
             if found is None and caller.sees_all:
                 found = await asyncio.to_thread(self.board.find, job_id)
-        if found is None:
-            raise _not_found("there is no such job of this key.")
-        return found
+        if found is not None:
+            with contextlib.suppress(NotFoundError):
+                return await asyncio.to_thread(self.board.job, found)
+        raise _not_found("there is no such job of this key.")
 
     def _answered(self, job: Job) -> JobAnswered:
         return answered(job, keep_days=self.config.keep_days)

@@ -10,6 +10,7 @@ results/JOB/…                        what it computes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable
@@ -66,7 +67,10 @@ class Board:
         The caller compares digests: the same idempotency key may have come with another question.
         """
         if ticket.idempotency:
-            ticket = self._first_of(ticket)
+            first = self._first_of(ticket)
+            if first.digest != ticket.digest:
+                return first
+            ticket = first
             if (there := self.ticket(ticket.owner, ticket.id)) is not None:
                 return there
         self.store.write(self._at(ticket, BODY), body)
@@ -125,14 +129,22 @@ class Board:
         return sorted(found, key=lambda pair: pair[1], reverse=True)
 
     def job(self, ticket: Ticket) -> Job:
-        """How a job stands."""
+        """How a job stands; NotFoundError for one that was deleted meanwhile."""
         names = [entry.uri.rpartition("/")[2] for entry in self.store.list(self._at(ticket))]
-        return Job(ticket=ticket, attempt=self.newest(ticket, names), cancelling=CANCEL in names)
+        attempt = self.newest(ticket, names)
+        # Of a deleted job nothing is left, and of a new one there is nothing yet but its ticket.
+        if attempt is None and not self.store.exists(self._at(ticket, TICKET)):
+            raise NotFoundError("the job was deleted.", where=self._at(ticket))
+        return Job(ticket=ticket, attempt=attempt, cancelling=CANCEL in names)
 
     def jobs(self, names: Iterable[tuple[str, str]]) -> list[Job]:
         """How these jobs stand; one that is deleted meanwhile is left out."""
-        tickets = [self.ticket(owner, job_id) for owner, job_id in names]
-        return [self.job(ticket) for ticket in tickets if ticket is not None]
+        found = []
+        for owner, job_id in names:
+            with contextlib.suppress(NotFoundError):
+                if (ticket := self.ticket(owner, job_id)) is not None:
+                    found.append(self.job(ticket))
+        return found
 
     def newest(self, ticket: Ticket, names: Iterable[str] | None = None) -> Attempt | None:
         """The attempt that counts; `names` are those of the job's files where they are known."""
@@ -171,11 +183,15 @@ class Board:
         return self.store.exists(self._at(ticket, CANCEL))
 
     def delete(self, ticket: Ticket) -> None:
-        """Remove a job and all it computed; its ticket goes first, so that nobody sees half of it."""
-        self.store.delete(self._at(ticket, TICKET))
+        """Remove a job and all it computed.
+
+        Its ticket goes behind its results, so that a deletion that was cut off is gone on with, and before its
+        attempts, so that nobody takes it for one that never began.
+        """
         self.store.delete_folder(self.results(ticket.id))
         if ticket.idempotency:
             self.store.delete(self._repeat(ticket))
+        self.store.delete(self._at(ticket, TICKET))
         self.store.delete_folder(self._at(ticket))
 
     def _at(self, ticket: Ticket, *parts: str) -> str:

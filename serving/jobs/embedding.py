@@ -101,8 +101,10 @@ def _corpus(desk: Desk) -> Corpus:
     if _is_corpus(desk, source):
         return pinned(desk, source)
     address = join(desk.results, RANKED)
-    found = Corpus.find(address, desk.bundle.vocabulary, desk.store)
-    return found if found is not None and found.datasets() else _ranked(desk, source, address)
+    # Written last: what an attempt that was cut off before left behind has no account, so nothing of it counts.
+    if desk.store.exists(join(desk.results, ACCOUNT)):
+        return Corpus.open(address, desk.store)
+    return _ranked(desk, source, address)
 
 
 def _is_corpus(desk: Desk, source: str) -> bool:
@@ -118,7 +120,6 @@ def _ranked(desk: Desk, source: str, address: str) -> Corpus:
     from genescale.ingestion.config import IngestConfig
     from genescale.ingestion.local_corpus import local_corpus
 
-    # What an attempt that was cut off here left behind has no commit, so nothing of it counts.
     desk.store.delete_folder(address)
     desk.pace.start(None, "cells ranked")
     # Every cell that the model can see is embedded; rules that keep a corpus good for training do not hold here.

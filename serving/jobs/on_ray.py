@@ -190,9 +190,11 @@ class RayDesk:
             raise ServiceError("the supervisor of jobs does not answer.", fix="Try again in a moment.") from error
 
     def _supervisor(self) -> ActorHandle:
-        if self._actor is None:
-            self._actor = supervisor(self._config, self._settings, self._signature)
-        return self._actor
+        # Read once: a call on another thread may find meanwhile that it does not answer.
+        actor = self._actor
+        if actor is None:
+            actor = self._actor = supervisor(self._config, self._settings, self._signature)
+        return actor
 
 
 def jobs_on_ray(config: ServingConfig, settings: Settings) -> Jobs | None:

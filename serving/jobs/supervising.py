@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from genescale.platform.errors import ConflictError, GenescaleError, LimitError, ServiceError
+from genescale.platform.errors import (
+    ConflictError,
+    GenescaleError,
+    IntegrityError,
+    LimitError,
+    NotFoundError,
+    ServiceError,
+)
 from genescale.platform.log import bind, get_logger
 from genescale.serving.jobs.board import Board
 from genescale.serving.jobs.records import Attempt, Job, Outcome, Progress, Ticket, next_attempt
@@ -72,7 +79,7 @@ class Supervisor:
         self._accepting = asyncio.Lock()
         self._wake = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._looked_s = float("-inf")
 
     async def accept(self, ticket: Ticket, body: bytes) -> Ticket:
@@ -83,11 +90,12 @@ class Supervisor:
         async with self._accepting:
             known = await asyncio.to_thread(self.board.repeat_of, ticket)
             if known is None:
-                if self._stopping:
+                if self._stopping.is_set():
                     raise ServiceError("this supervisor of jobs is stopping.", fix="Try again in a moment.")
                 self._line.check_room(ticket.owner)
                 known = await asyncio.to_thread(self.board.create, ticket, body)
-                self._line.queue(known)
+                if known.digest == ticket.digest:
+                    self._line.queue(known)
         if known.digest != ticket.digest:
             raise ConflictError(
                 "this Idempotency-Key came with another question before.",
@@ -104,13 +112,14 @@ class Supervisor:
 
     async def run(self) -> None:
         """Work until `stop`; storage that is away is waited for."""
-        while not self._stopping:
+        while not self._stopping.is_set():
             self._wake.clear()
             try:
                 if time.monotonic() - self._looked_s >= self.config.lease_s / 2:
                     self._looked_s = time.monotonic()
                     await self._look_round()
-            except GenescaleError as error:
+            # Nobody waits for this task: what ended it would be seen by nobody, and no job would begin any more.
+            except Exception as error:
                 log.error("the records of jobs cannot be read; trying again", exc_info=error)
             self._begin()
             with contextlib.suppress(TimeoutError):
@@ -118,15 +127,13 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Give back what runs, so that the next supervisor goes on with it at once."""
-        self._stopping = True
+        self._stopping.set()
         self._wake.set()
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # Not cancelled: what a thread is writing then would come behind the word that the job is given back.
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def _begin(self) -> None:
-        while not self._stopping and (ticket := self._line.begin()) is not None:
+        while not self._stopping.is_set() and (ticket := self._line.begin()) is not None:
             task = asyncio.create_task(self._drive(ticket))
             self._tasks[ticket.id] = task
             task.add_done_callback(partial(self._let_go, ticket.id))
@@ -148,9 +155,16 @@ class Supervisor:
             ended_s = self._line.over.get(job_id)
             if ended_s is not None and time.time() - ended_s < self.config.keep_days * SECONDS_PER_DAY:
                 continue
-            ticket = await asyncio.to_thread(self.board.ticket, owner, job_id)
-            if ticket is not None:
-                await self._judge(await asyncio.to_thread(self.board.job, ticket))
+            try:
+                ticket = await asyncio.to_thread(self.board.ticket, owner, job_id)
+                if ticket is not None:
+                    await self._judge(await asyncio.to_thread(self.board.job, ticket))
+            except NotFoundError:
+                # Another supervisor deleted it meanwhile.
+                continue
+            # The others are older: one that cannot be read must not keep them waiting.
+            except IntegrityError as error:
+                log.error("the records of the job %s cannot be read", job_id, exc_info=error)
 
     async def _judge(self, job: Job) -> None:
         ticket, attempt = job.ticket, job.attempt
@@ -198,17 +212,20 @@ class Supervisor:
                 elif attempt is not None:
                     self.numbers.ended(ticket, attempt.state, None)
                     # What is away for a moment, storage say, gets the time to come back.
-                    await asyncio.sleep(self.config.heartbeat_s * 2.0**attempt.breaks)
+                    await self._pause(self.config.heartbeat_s * 2.0**attempt.breaks)
                 self._line.forget_unless_over(ticket.id)
-            except asyncio.CancelledError:
-                self._line.forget(ticket.id)
-                raise
             # A supervisor outlives any one job; the next look at the records decides what becomes of it.
             except Exception as error:
-                self._line.forget(ticket.id)
                 log.error("the job %s could not be carried on", ticket.id, exc_info=error)
+                await self._pause(self.config.heartbeat_s)
+                self._line.forget(ticket.id)
             finally:
                 self.wake()
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not for longer than this supervisor works."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
 
     async def _taken(self, ticket: Ticket) -> Attempt | None:
         """A new attempt that is ours, or the last one of a job that is over; None when another supervisor has it."""
@@ -216,7 +233,7 @@ class Supervisor:
         if job.attempt is not None and job.attempt.over:
             return job.attempt
         # While the job waited here for its turn, another supervisor may have taken it.
-        if self._is_held(ticket, job.attempt):
+        if self._stopping.is_set() or self._is_held(ticket, job.attempt):
             return None
         attempt = next_attempt(job.attempt, self.name)
         if job.cancelling:
@@ -231,20 +248,24 @@ class Supervisor:
         return attempt
 
     async def _carried_out(self, ticket: Ticket, attempt: Attempt) -> Attempt | None:
-        """The attempt as it ended; None when it was lost to another supervisor."""
+        """The attempt as it ended; None when it was lost to another supervisor, or given back."""
         work = self.runner.start(ticket, replace(attempt, error=None))
-        ended = asyncio.ensure_future(work.ended())
+        ended, stopping = asyncio.ensure_future(work.ended()), asyncio.ensure_future(self._stopping.wait())
         watch = _Watch(self, ticket, attempt, work)
         try:
-            while not ended.done():
-                await asyncio.wait([ended], timeout=self.config.heartbeat_s)
-                if not ended.done() and not await watch.beat():
+            while True:
+                await asyncio.wait(
+                    [ended, stopping], timeout=self.config.heartbeat_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if ended.done():
+                    return await watch.close(ended.result())
+                if stopping.done():
+                    await watch.release()
                     return None
-            return await watch.close(ended.result())
-        except asyncio.CancelledError:
-            await watch.release()
-            raise
+                if not await watch.beat():
+                    return None
         finally:
+            stopping.cancel()
             ended.cancel()
             await work.kill()
 
@@ -268,24 +289,28 @@ class _Watch:
             progress=said.progress if said else self.attempt.progress,
             run_id=said.run_id or self.attempt.run_id if said else self.attempt.run_id,
         )
+        # So long after the last one another supervisor may take the job: two must never run it, also if storage hangs.
+        lost_after_s = self.config.lease_s - self.config.heartbeat_s
+        left_s = self.written_s + lost_after_s - time.monotonic()
         try:
-            if await asyncio.to_thread(self.board.superseded, self.ticket, self.attempt):
-                log.warning("another supervisor went on with the job %s", self.ticket.id)
-                return False
-            await asyncio.to_thread(self.board.write, self.ticket, self.attempt)
-            self.written_s = time.monotonic()
-            cancelling = await asyncio.to_thread(self.board.is_cancelling, self.ticket)
-        except GenescaleError as error:
+            # Who was held up himself gets to ask whether the job is still his.
+            async with asyncio.timeout(max(left_s, self.config.heartbeat_s)):
+                if await asyncio.to_thread(self.board.superseded, self.ticket, self.attempt):
+                    log.warning("another supervisor went on with the job %s", self.ticket.id)
+                    return False
+                await asyncio.to_thread(self.board.write, self.ticket, self.attempt)
+                self.written_s = time.monotonic()
+                cancelling = await asyncio.to_thread(self.board.is_cancelling, self.ticket)
+        except (GenescaleError, TimeoutError) as error:
             log.warning("a sign of life of the job %s could not be written", self.ticket.id, exc_info=error)
-            # From here on another supervisor may hold the job: two must never run it.
-            return time.monotonic() - self.written_s < self.config.lease_s - self.config.heartbeat_s
+            return time.monotonic() - self.written_s < lost_after_s
         self.late = self.late or time.time() - self.attempt.started_s > self.config.max_hours * SECONDS_PER_HOUR
         if cancelling or self.late:
             await self._cancel()
         return True
 
-    async def close(self, outcome: Outcome) -> Attempt:
-        """Write down how it ended."""
+    async def close(self, outcome: Outcome) -> Attempt | None:
+        """Write down how it ended; None when another supervisor went on with the job meanwhile."""
         said = await self.work.snapshot()
         state, error = outcome.state, outcome.error
         if state == "broken" and self.cancelled_s is not None:
@@ -303,7 +328,8 @@ class _Watch:
             files=outcome.files,
         )
         await asyncio.to_thread(self.board.write, self.ticket, self.attempt)
-        return self.attempt
+        lost = await asyncio.to_thread(self.board.superseded, self.ticket, self.attempt)
+        return None if lost else self.attempt
 
     async def release(self) -> None:
         """Give the job back: its work ends, and the next supervisor goes on where it stood."""

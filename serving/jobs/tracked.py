@@ -71,7 +71,11 @@ class JobRun:
     def close(self, error: BaseException | None = None) -> None:
         """End the run, as failed or killed after an `error`; waits shortly for what was not sent yet."""
         self._ended = error
-        self._put(None)
+        while not self._put(None):
+            # Without the word that it ended, the thread would wait for ever and the run stay open.
+            with contextlib.suppress(queue.Empty):
+                self._calls.get_nowait()
+                self.dropped += 1
         self._thread.join(LAST_WAIT_S)
         if self.dropped or self._thread.is_alive():
             log.warning("the tracker did not take %d records of this job", self.dropped + self._calls.qsize())

@@ -121,8 +121,13 @@ def begin_rollout(wanted: Wanted, initial: ModelsState, config: ServingConfig, s
     record = Record(config.application)
     actor = _new_process(config.application, [one.name for one in initial.names], record)
     facts = begun(uuid.uuid4().hex, wanted)
-    record.tell_rollout(wanted.name, facts)
-    actor.run.remote(wanted, initial, config, settings, facts["id"])
+    try:
+        record.tell_rollout(wanted.name, facts)
+        actor.run.remote(wanted, initial, config, settings, facts["id"])
+    except BaseException:
+        # It ends with its run; without one it would stand in the way of every other rollout.
+        ray.kill(actor)
+        raise
     return facts
 
 

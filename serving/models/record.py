@@ -28,20 +28,22 @@ class Record:
 
     def current(self, initial: ModelsState) -> ModelsState:
         """The state now, if it is one of the deployment that began as `initial`; else `initial`."""
-        content = internal_kv._internal_kv_get(self._key("state"), namespace=NAMESPACE)
-        state = ModelsState.from_json(content) if content else initial
-        return state if state.base == initial.base else initial
+        kept = self._kept()
+        return kept if kept is not None and kept.base == initial.base else initial
 
     def begin(self, initial: ModelsState) -> ModelsState:
         """As `current`; what another deployment left is written over, so that going back to it begins anew."""
-        state = self.current(initial)
-        if state == initial:
-            self.write(state)
-        return state
+        kept = self._kept()
+        if kept is None:
+            # Unless somebody wrote meanwhile: it may be a rollout already.
+            self._put(initial, overwrite=False)
+        elif kept.base != initial.base:
+            self.write(initial)
+        return self.current(initial)
 
     def write(self, state: ModelsState) -> None:
         """From here on this is what answers."""
-        internal_kv._internal_kv_put(self._key("state"), state.to_json(), overwrite=True, namespace=NAMESPACE)
+        self._put(state, overwrite=True)
 
     def rollout(self, name: str) -> dict[str, Any] | None:
         """What is known of the last rollout of a name."""
@@ -56,6 +58,13 @@ class Record:
     def clear(self) -> None:
         """Forget everything: the application ended, or begins."""
         internal_kv._internal_kv_del(self._key(""), del_by_prefix=True, namespace=NAMESPACE)
+
+    def _kept(self) -> ModelsState | None:
+        content = internal_kv._internal_kv_get(self._key("state"), namespace=NAMESPACE)
+        return ModelsState.from_json(content) if content else None
+
+    def _put(self, state: ModelsState, *, overwrite: bool) -> None:
+        internal_kv._internal_kv_put(self._key("state"), state.to_json(), overwrite=overwrite, namespace=NAMESPACE)
 
     def _key(self, what: str) -> str:
         return f"models/{self._application}/{what}"

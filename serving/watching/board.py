@@ -34,14 +34,17 @@ class Board:
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
+        # Of forgotten processes too: one that could not be heard for long goes on counting where it was.
+        self._counted: dict[str, Totals] = {}
         self._expected: dict[str, int] = {}
 
     def take(self, report: Report, now_s: float) -> Totals:
         """Keep a report; returns what its process has counted since the one before."""
-        before = self._entries.get(report.process)
+        before = self._counted.get(report.process, Totals())
         self._entries[report.process] = Entry(report=report, came_s=now_s)
+        self._counted[report.process] = report.totals
         self._expected.update(report.expected)
-        return difference(report.totals, before.report.totals if before else Totals())
+        return difference(report.totals, before)
 
     def reports(self, now_s: float) -> list[Report]:
         """The newest report of each process that was heard of lately."""

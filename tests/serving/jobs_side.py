@@ -64,7 +64,8 @@ class Side:
 
 def jobs_config(folder: Path, **changes: Any) -> JobsConfig:
     """Jobs below `folder/jobs` that may read `folder/data`, with quick signs of life."""
-    quick: dict[str, Any] = {"heartbeat_s": 0.05, "lease_s": 0.4, "stop_s": 0.2}
+    # A lease is longer than a busy machine may stall a process: who is late for it gives its job up.
+    quick: dict[str, Any] = {"heartbeat_s": 0.05, "lease_s": 20.0, "stop_s": 0.2}
     given = {"uri": str(folder / "jobs"), "allowed_roots": (str(folder / "data"),), **quick, **changes}
     return JobsConfig(**given)
 

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from genescale.client import ProgressBar
+from genescale.client import GenescaleClient, ProgressBar
 from genescale.platform import errors
 from genescale.training.embedder import Embedder
 from tests.serving.client_wire import ARROW, Wire, call, object_of
@@ -67,6 +68,33 @@ def test_a_request_that_is_late_or_too_large_is_asked_in_parts(
     line.mend = lambda request: httpx.Response(504) if request.method == "POST" else None
     with pytest.raises(errors.DeadlineError):
         call(kind, line, "embed_anndata", adata)
+
+
+def test_a_run_that_ended_asks_for_nothing_more(wire: Callable[..., Wire], counts_ng: np.ndarray) -> None:
+    """A thread that waits for its next try sees that nobody wants the answer."""
+    line, posted, waits, wakes = wire(max_cells=4), list[int](), threading.Event(), threading.Event()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return line.handle_request(request)
+        posted.append(503 if not posted else 400)
+        # The second one is refused for good, when the first one waits for its next try.
+        assert posted[-1] == 503 or waits.wait(30)
+        return httpx.Response(posted[-1])
+
+    def sleep(seconds: float) -> None:
+        waits.set()
+        assert wakes.wait(30)
+
+    before = threading.enumerate()
+    with GenescaleClient("http://service", transport=httpx.MockTransport(answer), sleep=sleep) as client:
+        with pytest.raises(errors.InputError, match="answered 400"):
+            client.embed_anndata(object_of(counts_ng), at_once=2)
+        wakes.set()
+        for thread in threading.enumerate():
+            if thread not in before:
+                thread.join(30)
+    assert posted == [503, 400]
 
 
 @BOTH

@@ -148,7 +148,8 @@ def test_a_stop_that_meets_a_leaving_caller_stays_a_stop() -> None:
     asyncio.run(talk())
 
 
-@pytest.mark.parametrize(("asked_ms", "limit_s"), [("40", 60.0), ("60000", 0.04), ("999999999", 0.04)])
+# The caller's own counts from the arrival: long enough for the work to begin on a busy machine.
+@pytest.mark.parametrize(("asked_ms", "limit_s"), [("400", 60.0), ("60000", 0.4), ("999999999", 0.4)])
 def test_the_shorter_of_the_callers_deadline_and_the_limit_ends_the_work(
     ask: Ask, asked_ms: str, limit_s: float
 ) -> None:
@@ -156,7 +157,7 @@ def test_the_shorter_of_the_callers_deadline_and_the_limit_ends_the_work(
     app = gate(work, limits={"deadline_s": limit_s})
     response = ask(app, "POST", "/x", headers={"X-Genescale-Deadline-Ms": asked_ms})
     assert (response.status_code, code_of(response)) == (504, "deadline")
-    assert "0.04 s" in response.json()["error"]["message"]
+    assert "0.4 s" in response.json()["error"]["message"]
     assert (work.cancelled, work.finished) == (1, 0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from genescale.platform.errors import (
 from genescale.platform.settings import Settings
 from genescale.platform.storage import Store
 from genescale.platform.vocabulary import Vocabulary
+from genescale.serving.neighbours import index_folder
 from genescale.serving.neighbours.building import IndexConfig, build_index
 from genescale.serving.neighbours.index_folder import FILES, MANIFEST
 from genescale.serving.neighbours.reference import Reference, resolve_index
@@ -274,6 +275,27 @@ def test_an_index_in_object_storage_is_copied_once_and_again_when_damaged(
     for name in FILES:
         store.delete(f"{bucket}/index/{name}")
     assert Reference.open(f"{bucket}/index", settings, tmp_path / "cache").manifest == again.manifest
+
+
+def test_a_damaged_copy_that_another_process_takes_away_first_is_fetched_again(
+    built: Built, local_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, verify = built(), index_folder._verify
+    monkeypatch.setattr(index_folder, "is_remote", lambda address: True)
+    folder, manifest = index_folder.opened_folder(uri, local_store.settings, tmp_path / "cache")
+    (folder / FILES[0]).write_bytes(b"cut off")
+
+    def another_is_faster(checked: Path, files: Mapping[str, str]) -> None:
+        try:
+            verify(checked, files)
+        except IntegrityError:
+            folder.rename(tmp_path / "taken away")
+            raise
+
+    monkeypatch.setattr(index_folder, "_verify", another_is_faster)
+    again, _ = index_folder.opened_folder(uri, local_store.settings, tmp_path / "cache")
+    verify(again, manifest.files)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
 
 
 @pytest.fixture

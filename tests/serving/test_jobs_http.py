@@ -263,3 +263,21 @@ def test_numbers_of_a_job_are_those_of_its_own_cells(side: Side, draw_cell: Draw
     rows = pq.read_table(io.BytesIO(side.ask("GET", job["result"], key=key_of("ana")).content)).to_pylist()
     values = [row["value"] for row in rows if row["measure"] == "cosine" and row["value"] is not None]
     assert np.all(np.abs(values) <= 1.0 + 1e-9)
+
+
+def test_a_job_that_is_deleted_while_it_is_asked_for_is_not_there(
+    side: Side, draw_cell: DrawCell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = side.post({"kind": "perturbations", **question(draw_cell, 1, 1)}, key=key_of("ana")).json()
+    side.ended(job["id"], key=key_of("ana"))
+    board = side.desk.board
+    read = board.ticket
+
+    def deleted_meanwhile(owner: str, job_id: str) -> Any:
+        found = read(owner, job_id)
+        if found is not None and job_id == job["id"]:
+            board.delete(found)
+        return found
+
+    monkeypatch.setattr(board, "ticket", deleted_meanwhile)
+    assert side.ask("GET", job["url"], key=key_of("ana")).status_code == 404

@@ -44,7 +44,7 @@ def serve_it(tmp_path: Path, bundle: Bundle, settings: Settings) -> Callable[...
     @contextmanager
     def served() -> Iterator[GenescaleClient]:
         config = ServingConfig(
-            port=0, device="cpu", tokens_per_batch=512, jobs=jobs_config(tmp_path, heartbeat_s=0.3, lease_s=3.0)
+            port=0, device="cpu", tokens_per_batch=512, jobs=jobs_config(tmp_path, heartbeat_s=0.3, lease_s=8.0)
         )
         with (
             service(bundle.folder, config, settings) as running,

@@ -38,7 +38,7 @@ def test_jobs_live_in_object_storage_and_results_are_links(
     s3_store: tuple[Store, str], bundle: Bundle, embedder: Embedder, links: bool
 ) -> None:
     store, base = s3_store
-    jobs = JobsConfig(uri=join(base, f"jobs-{links}"), links=links, heartbeat_s=0.2, lease_s=1.0)
+    jobs = JobsConfig(uri=join(base, f"jobs-{links}"), links=links, heartbeat_s=0.2)
     config, settings = serving_config(jobs), Settings(storage=store.settings)
     tracker = MemoryTracker()
     runner = ThreadRunner(config, settings, tracker=lambda _: tracker)
@@ -164,7 +164,7 @@ def test_the_client_follows_a_real_link(
     from tests.serving.client_wire import Wire
 
     store, base = s3_store
-    config = serving_config(JobsConfig(uri=join(base, "jobs-client"), heartbeat_s=0.2, lease_s=1.0))
+    config = serving_config(JobsConfig(uri=join(base, "jobs-client"), heartbeat_s=0.2))
     settings, tracker = Settings(storage=store.settings), MemoryTracker()
     runner = ThreadRunner(config, settings, tracker=lambda _: tracker)
     with LocalDesk(config, settings, runner=runner) as desk:

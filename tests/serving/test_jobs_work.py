@@ -20,9 +20,12 @@ import scipy.sparse as sp
 
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.bundle import Bundle
-from genescale.platform.errors import TrackingError
+from genescale.platform.errors import StorageError, TrackingError
 from genescale.platform.memory_tracker import MemoryTracker
+from genescale.platform.storage import Store
 from genescale.serving.in_process import InProcessModel
+from genescale.serving.jobs.embedding import ACCOUNT
+from genescale.serving.jobs.tracked import JobRun
 from genescale.training.embedder import Embedder
 from tests.serving.jobs_side import Side, jobs_config, local_desk, serving_config, side_of
 
@@ -210,3 +213,42 @@ def test_a_cancelled_job_ends_and_its_run_says_so(
         job = side.ended(job_id)
     assert job["state"] == "cancelled"
     assert [run.status for run in tracker.runs.values()] == ["KILLED"]
+
+
+def test_an_account_that_was_cut_off_is_made_again(
+    make: Any, tracker: MemoryTracker, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker is gone between the commit of the ranked cells and the word of what became of the others."""
+    write, failures = Store.write, [StorageError("away.")]
+
+    def cut_off(self: Store, uri: str, *arguments: Any, **more: Any) -> Any:
+        if uri.endswith(ACCOUNT) and failures:
+            raise failures.pop()
+        return write(self, uri, *arguments, **more)
+
+    monkeypatch.setattr(Store, "write", cut_off)
+    with make(tracker) as side:
+        job = done(side, {"kind": "embed", "source": str(data / "heart.h5ad")})
+        account = json.loads(result(side, job, "cells.json"))
+    assert (job["attempt"], account["read"], account["kept"]) == (2, 24, 23)
+
+
+def test_a_run_ends_although_the_tracker_was_far_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genescale.serving.jobs.tracked.MOST_WAITING", 2)
+    monkeypatch.setattr("genescale.serving.jobs.tracked.LAST_WAIT_S", 0.0)
+    tracker, answers = MemoryTracker(), threading.Event()
+
+    @contextmanager
+    def late() -> Iterator[Any]:
+        answers.wait(10)
+        with tracker.run("job") as opened:
+            yield opened
+
+    run = JobRun(late)
+    for step in range(5):
+        run.log_metrics({"done": step}, step=step)
+    run.close()
+    answers.set()
+    run._thread.join(5)
+    assert [one.status for one in tracker.runs.values()] == ["FINISHED"]
+    assert run.dropped == 4

@@ -132,6 +132,26 @@ def test_keys_are_rotated_without_a_restart_and_a_broken_file_changes_nothing(
     assert (opens(old), opens(new)) == (False, False)
 
 
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a key that was revoked would stay in force until the next change."""
+    key, path, clock = new_key(), tmp_path / "keys.toml", Clock()
+    write_keys(path, [made(key)])
+    ring = KeyRing(file=str(path), clock=clock)
+    write_keys(path, [])
+    with monkeypatch.context() as patched:
+        patched.setattr("genescale.serving.access.ring.read_keys", failing_read)
+        clock.now_s += 5
+        assert ring.find(key.encode()) is not None
+    clock.now_s += 5
+    assert ring.find(key.encode()) is None
+
+
+def failing_read(path: Path) -> None:
+    raise SettingsError("the file of keys cannot be read: Too many open files.")
+
+
 def test_a_link_that_is_turned_to_another_file_is_followed(tmp_path: Path) -> None:
     # As a mounted secret is updated: the file stays, the link to its folder moves.
     old, new, clock = new_key(), new_key(), Clock()

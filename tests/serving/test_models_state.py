@@ -132,8 +132,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     kept: dict[str, bytes] = {}
 
     def put(key: str, value: bytes, *, overwrite: bool, namespace: str) -> None:
-        assert overwrite
-        kept[key] = value
+        kept[key] = value if overwrite else kept.get(key, value)
 
     def delete(key: str, *, del_by_prefix: bool, namespace: str) -> None:
         assert del_by_prefix
@@ -156,6 +155,28 @@ def test_a_restarted_process_finds_what_was_rolled_out(kept: dict[str, bytes]) -
     assert Record("another").current(begun) == begun
     Record("one").clear()
     assert Record("one").current(begun) == begun
+
+
+@pytest.mark.parametrize("others_began", [False, True])
+def test_a_process_that_starts_while_a_rollout_switches_does_not_undo_it(
+    kept: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, others_began: bool
+) -> None:
+    from ray.experimental import internal_kv
+
+    begun, record, get = initial_state({"encoder": V1}), Record("one"), internal_kv._internal_kv_get
+    rolled = begun.changed(BEGUN.promoted(V2))
+    if others_began:
+        record.begin(begun)
+
+    def switched_behind_it(key: str, *, namespace: str) -> bytes | None:
+        found = get(key, namespace=namespace)
+        record.write(rolled)
+        return found
+
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", switched_behind_it)
+    record.begin(begun)
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", get)
+    assert record.current(begun) == rolled
 
 
 def test_another_deployment_begins_its_own_and_the_first_one_does_not_come_back(kept: dict[str, bytes]) -> None:

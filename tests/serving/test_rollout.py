@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from genescale.platform.errors import ServiceError, TrackingError
-from genescale.serving.models.fleet import begun
+from genescale.platform.settings import Settings
+from genescale.serving.config import ServingConfig
+from genescale.serving.models.fleet import begin_rollout, begun
+from genescale.serving.models.record import Record
 from genescale.serving.models.rollout import Rollout, Wanted
 from genescale.serving.models.state import ModelsState, initial_state
+from genescale.serving.models.versions import Versions
 from genescale.serving.release import Release
 
 
@@ -112,6 +119,64 @@ def test_a_step_that_fails_before_the_switch_leaves_everything_as_it_was(fleet: 
     assert fleet.state is before
     assert fleet.asked[-1] == ("leave", "2", True)
     assert "private" not in str(fleet.told)
+
+
+def test_a_switch_that_was_written_down_counts_whatever_failed_then(
+    fleet: PretendFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written_and_failed(state: ModelsState) -> None:
+        fleet.state = state
+        raise RuntimeError("the connection was lost.")
+
+    monkeypatch.setattr(fleet, "commit", written_and_failed)
+    last = roll(fleet, alias="production")
+    assert (last["state"], last["message"]) == ("succeeded", "version 2 answers every request.")
+    assert [one for one in fleet.asked if one[0] == "leave"] == [("leave", "1", True)]
+
+
+def test_a_rollout_that_could_not_be_begun_leaves_no_process_in_the_way(
+    fleet: PretendFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[str] = []
+
+    def away(record: Record, name: str, facts: dict[str, Any]) -> None:
+        raise ServiceError("away.")
+
+    monkeypatch.setattr("genescale.serving.models.fleet._new_process", lambda *_: "the process")
+    monkeypatch.setattr("genescale.serving.models.fleet.ray.kill", killed.append)
+    monkeypatch.setattr(Record, "tell_rollout", away)
+    with pytest.raises(ServiceError, match="away"):
+        begin_rollout(Wanted(name="encoder", version="2"), fleet.state, ServingConfig(), Settings())
+    assert killed == ["the process"]
+
+
+def test_an_http_side_that_makes_a_version_ready_goes_on_answering_while_another_leaves(
+    fleet: PretendFleet,
+) -> None:
+    from genescale.serving.app import Ingress
+
+    making, made = threading.Event(), threading.Event()
+    in_time: list[bool] = []
+
+    def make(release: Release) -> Any:
+        if release == V2:
+            making.set()
+            in_time.append(made.wait(10))
+        return SimpleNamespace(able=frozenset())
+
+    ingress = Ingress.func_or_class  # type: ignore[attr-defined]
+    side = SimpleNamespace(_models=SimpleNamespace(versions=Versions(fleet.state, make)))
+
+    async def both() -> None:
+        preparing = asyncio.create_task(ingress.prepare_version(side, V2))
+        await asyncio.to_thread(making.wait, 10)
+        forgetting = asyncio.create_task(ingress.forget(side, V3))
+        await asyncio.sleep(0)
+        made.set()
+        await asyncio.gather(preparing, forgetting)
+
+    asyncio.run(both())
+    assert in_time == [True]
 
 
 def test_a_version_that_the_registry_does_not_have_costs_nothing(fleet: PretendFleet) -> None:

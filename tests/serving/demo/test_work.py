@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -35,6 +36,28 @@ def test_other_choices_need_fresh(tmp_path: Path) -> None:
     with open_work(folder, "d2", fresh=True) as work:
         assert not work.finished("ingest")
         assert not (folder / "mlflow.db").exists()
+
+
+def test_a_clearing_that_is_cut_off_leaves_nothing_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, remove = tmp_path / "w", shutil.rmtree
+    with open_work(folder, "d1", fresh=False) as work:
+        work.finish("ingest", {}, 1.0)
+        work.folder("object-storage")
+
+    def killed(path: Path, **options: bool) -> None:
+        if path.name == "object-storage":
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    # Folders come in any order; this one has the state last.
+    entries = sorted(folder.iterdir(), key=lambda entry: entry.name == "state.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        patch.setattr(Path, "iterdir", lambda path: iter(entries))
+        with pytest.raises(KeyboardInterrupt), open_work(folder, "d1", fresh=True):
+            pass
+    with open_work(folder, "d1", fresh=False) as work:
+        assert not work.finished("ingest")
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
@@ -82,6 +105,26 @@ def test_the_bucket_copy_follows_changes_and_comes_back(s3_store: tuple[Store, s
     assert load_bucket(store, f"{bucket}-back", tmp_path / "copy") == 2
     back = {entry.uri.removeprefix(f"{bucket}-back/"): store.read(entry.uri) for entry in store.list(f"{bucket}-back")}
     assert back == {"a/one": b"changed", "a/three": b"3"}
+
+
+def test_a_copy_that_is_cut_off_comes_back(
+    s3_store: tuple[Store, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, bucket = s3_store
+    for name in ("kept", "passing"):
+        store.write(f"{bucket}/{name}", b"1")
+    save_bucket(store, bucket, tmp_path / "copy")
+    store.delete(f"{bucket}/passing")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("write", "unlink"):
+        with monkeypatch.context() as patch:
+            patch.setattr(*((store, step) if step == "write" else (Path, step)), killed)
+            with pytest.raises(KeyboardInterrupt):
+                save_bucket(store, bucket, tmp_path / "copy")
+        assert load_bucket(store, f"{bucket}-back", tmp_path / "copy") in (1, 2)
 
 
 def test_the_page_escapes_what_it_shows() -> None:
