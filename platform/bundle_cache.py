@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import secrets
@@ -12,7 +11,7 @@ from pathlib import Path
 from genescale.platform.address import is_remote, join, parse
 from genescale.platform.artefacts import Artefacts, StoredArtefacts
 from genescale.platform.bundle import MANIFEST, Bundle, open_bundle
-from genescale.platform.disk import disk_errors
+from genescale.platform.disk import disk_errors, take_away
 from genescale.platform.errors import IntegrityError, NotFoundError
 from genescale.platform.log import get_logger
 from genescale.platform.settings import StorageSettings
@@ -54,16 +53,12 @@ def _kept(folder: Path) -> Bundle | None:
         return open_bundle(folder)
     except (IntegrityError, NotFoundError, FileNotFoundError) as error:
         get_logger(__name__).warning("a cached bundle is damaged and will be fetched again: %s", error)
-        # Moved aside first: another process may do the same, and a kill leaves no half of a bundle under its name.
-        aside = _passing(folder.parent)
-        with contextlib.suppress(NotFoundError), disk_errors(str(folder)):
-            folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        take_away(folder)
         return None
 
 
 def _fetched(artefacts: Artefacts, cache: Path, key: str) -> Bundle:
-    part = _passing(cache)
+    part = cache / f".{secrets.token_hex(8)}.part"
     with disk_errors(str(cache)):
         cache.mkdir(parents=True, exist_ok=True)
     try:
@@ -75,10 +70,6 @@ def _fetched(artefacts: Artefacts, cache: Path, key: str) -> Bundle:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return dataclasses.replace(bundle, folder=cache / key)
-
-
-def _passing(cache: Path) -> Path:
-    return cache / f".{secrets.token_hex(8)}.part"
 
 
 def _take_place(part: Path, final: Path) -> None:

@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -24,15 +23,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import torch
 
 from genescale.ingestion.corpus import Corpus
 from genescale.ingestion.schema import METADATA_COLUMNS
 from genescale.platform.bundle import Bundle
-from genescale.platform.errors import AlreadyExistsError, CorpusError, GenescaleError, NotFoundError, SettingsError
+from genescale.platform.errors import AlreadyExistsError, CorpusError, NotFoundError, SettingsError
 from genescale.platform.progress import SILENT, Progress
 from genescale.platform.settings import build
 from genescale.platform.storage import Store, join
+from genescale.training.actors import actors_for, gpus_on, work_off
 from genescale.training.embedder import (
     TOKENS_PER_BATCH,
     Embedder,
@@ -47,7 +46,7 @@ from genescale.training.freight import Received, ship
 
 RunIn = Literal["cluster", "process"]
 # Units of a corpus when `tokens_per_unit` is 0: enough of them to share among actors and to show progress, each
-# large enough (seconds of work) that Ray's 20 ms per block do not count.
+# large enough (seconds of work) that Ray's milliseconds for each do not count.
 UNITS_WISHED = 64
 SMALLEST_UNIT_TOKENS, LARGEST_UNIT_TOKENS = 32_768, 4_000_000
 
@@ -139,8 +138,9 @@ def embed_corpus(
     progress.start(manifest.cells, "cells")
     progress.advance(manifest.cells - sum(unit.cells for unit in missing))
     if missing:
-        for row in _worked_off(missing, manifest.key, bundle, corpus, out_uri, store, config):
-            progress.advance(row["cells"])
+        run = _Run(key=manifest.key, corpus=corpus, out_uri=out_uri, store=store, config=config)
+        for unit in _worked_off(missing, bundle, run):
+            progress.advance(unit.cells)
         # Another run may have ended here meanwhile.
         _refuse_other(manifest, out_uri, store)
     store.write(join(out_uri, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
@@ -236,68 +236,46 @@ def _refuse_other(manifest: Manifest, out_uri: str, store: Store) -> None:
         )
 
 
-def _worked_off(
-    units: Sequence[Unit], key: str, bundle: Bundle, corpus: Corpus, out_uri: str, store: Store, config: EmbedConfig
-) -> Iterator[dict[str, Any]]:
-    if config.run_in == "cluster":
-        yield from _run(units, key, bundle, corpus, out_uri, store, config)
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What all units have in common."""
+
+    key: str
+    corpus: Corpus
+    out_uri: str
+    store: Store
+    config: EmbedConfig
+
+
+def _worked_off(units: Sequence[Unit], bundle: Bundle, run: _Run) -> Iterator[Unit]:
+    config = run.config
+    if config.run_in == "process":
+        yield from map(_UnitWriter(bundle, run, device=config.device), units)
         return
-    files = _UnitFiles(bundle, corpus, config, device=config.device)
-    for unit in units:
-        store.write(join(out_uri, file_name(key, unit)), files.of(unit))
-        yield {"cells": unit.cells}
+    gpus = gpus_on(config.device)
+    freight = [ship(bundle), ray.put(run), "auto" if gpus else "cpu"]
+    size = actors_for(config.actors, gpus)
+    yield from work_off(units, _ShippedWriter, freight, size=size, gpus=gpus, where=run.out_uri)
 
 
-def _run(
-    units: Sequence[Unit],
-    key: str,
-    bundle: Bundle,
-    corpus: Corpus,
-    out_uri: str,
-    store: Store,
-    config: EmbedConfig,
-) -> Iterator[dict[str, Any]]:
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if config.device != "cpu" else 0
-    if config.device == "cuda" and not gpus:
-        raise SettingsError("this Ray cluster has no GPU.", where="device", fix="Use device 'auto' or 'cpu'.")
-    wished = config.actors or gpus or int(ray.cluster_resources().get("CPU", 1))
-    size = max(1, min(wished, len(units)))
-    rows = [{**asdict(unit), "name": file_name(key, unit)} for unit in units]
-    answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _UnitEmbedder,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size, initial_size=size),
-        num_cpus=0 if gpus else 1,
-        num_gpus=1 if gpus else 0,
-        fn_constructor_kwargs={
-            "shipped": ship(bundle),
-            "corpus": corpus,
-            "out_uri": out_uri,
-            "store": store,
-            "config": config,
-        },
-    )
-    try:
-        yield from answers.iter_rows()
-    except Exception as error:
-        _let_go(error)
-        raise original_error(error) from error
+class _UnitWriter:
+    """Turns units into files."""
+
+    def __init__(self, bundle: Bundle, run: _Run, *, device: str) -> None:
+        self.run, self.files = run, _UnitFiles(bundle, run.corpus, run.config, device=device)
+
+    def __call__(self, unit: Unit) -> Unit:
+        self.run.store.write(join(self.run.out_uri, file_name(self.run.key, unit)), self.files.of(unit))
+        return unit
 
 
-class _UnitEmbedder:
-    """A Ray actor: holds the model and turns units into files."""
+class _ShippedWriter(_UnitWriter):
+    """The same in a Ray actor."""
 
-    def __init__(self, shipped: Any, corpus: Corpus, out_uri: str, store: Store, config: EmbedConfig) -> None:
-        self.out_uri, self.store = out_uri, store
+    def __init__(self, shipped: Any, run: Any, device: str) -> None:
+        # Kept: its folder lives as long as it does.
         self.received = Received(shipped)
-        device = "auto" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
-        self.files = _UnitFiles(self.received.bundle, corpus, config, device=device)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for index in range(len(batch["name"])):
-            unit = Unit(**{name: int(batch[name][index]) for name in Unit.__dataclass_fields__})
-            self.store.write(join(self.out_uri, str(batch["name"][index])), self.files.of(unit))
-        return {"cells": batch["stop"] - batch["start"]}
+        super().__init__(self.received.bundle, ray.get(run), device=device)
 
 
 class _UnitFiles:
@@ -324,31 +302,3 @@ class _UnitFiles:
         strings = [*IDENTITY_COLUMNS[:2], *METADATA_COLUMNS]
         pq.write_table(table, sink, compression="zstd", use_dictionary=strings, write_page_checksum=True)
         return sink.getvalue()
-
-
-def _let_go(error: BaseException) -> None:
-    """Part an error of Ray Data from the frames it passed through.
-
-    They hold Ray Data's actors, which would keep their processors for as long as somebody keeps the error. Frames that
-    have ended are emptied; one in a thread that still runs cannot be, so nothing may point to it either.
-    """
-    known: list[BaseException] = []
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        if (one := waiting.pop()) is not None and one not in known:
-            known.append(one)
-            waiting += [one.__cause__, one.__context__]
-    for one in known:
-        traceback.clear_frames(one.__traceback__)
-        one.__traceback__ = None
-
-
-def original_error(error: BaseException) -> BaseException:
-    """The error of ours that a Ray worker raised, from under Ray's wrappers; else `error` itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, GenescaleError):
-            return seen
-        inner = getattr(seen, "cause", None)
-        seen = inner if isinstance(inner, BaseException) else seen.__cause__
-    return error

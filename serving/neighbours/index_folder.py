@@ -10,7 +10,6 @@ examples.parquet        if there are any: tokens of a few cells
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import secrets
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from genescale.platform.address import is_remote, join, parse
-from genescale.platform.disk import disk_errors
+from genescale.platform.disk import disk_errors, take_away
 from genescale.platform.errors import AlreadyExistsError, IntegrityError, NotFoundError
 from genescale.platform.log import get_logger
 from genescale.platform.settings import StorageSettings, build
@@ -154,25 +153,13 @@ def _is_kept(folder: Path, manifest: IndexManifest) -> bool:
         _verify(folder, {**manifest.files, MANIFEST: hashlib.sha256(_rendered(manifest)).hexdigest()})
     except IntegrityError as error:
         get_logger(__name__).warning("a cached index is damaged and will be fetched again: %s", error)
-        _set_aside(folder)
+        take_away(folder)
         return False
     return True
 
 
-def _set_aside(folder: Path) -> None:
-    # Renamed first: nobody may find half of it, and another process may do the same at the same time.
-    aside = _beside(folder)
-    with disk_errors(str(folder)), contextlib.suppress(FileNotFoundError):
-        folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _beside(folder: Path) -> Path:
-    return folder.parent / f".{secrets.token_hex(8)}.part"
-
-
 def _fetch(uri: str, store: Store, folder: Path, manifest: IndexManifest) -> None:
-    part = _beside(folder)
+    part = folder.parent / f".{secrets.token_hex(8)}.part"
     with disk_errors(str(folder.parent)):
         part.mkdir(parents=True)
     try:

@@ -6,10 +6,12 @@ import dataclasses
 import io
 import os
 import pickle
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -22,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genescale.platform.block_reader import BlockReader
+from genescale.platform.disk import take_away
 from genescale.platform.errors import (
     AlreadyExistsError,
     ForbiddenPathError,
@@ -362,6 +365,20 @@ def test_a_folder_that_others_delete_too_goes_whole(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "unlink", raced)
     store.delete_folder(str(tmp_path / "folder"))
     assert (bool(gone), (tmp_path / "folder").exists()) == (True, False)
+
+
+def test_of_a_folder_that_is_taken_away_nobody_finds_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, folder = Store(StorageSettings()), tmp_path / "bundle"
+    store.write(str(folder / "a"), b"1")
+
+    def killed(path: Path, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        take_away(folder)
+    assert not folder.exists()
+    assert store.list(str(tmp_path)) == []
 
 
 def test_a_file_in_the_way_is_explained(tmp_path: Path) -> None:

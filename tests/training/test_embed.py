@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import shutil
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from genescale.platform.errors import (
     SettingsError,
 )
 from genescale.platform.storage import Store, join
-from genescale.training.embed import EmbedConfig, _let_go, embed_corpus, plan_units
+from genescale.training.embed import EmbedConfig, embed_corpus, plan_units
 from genescale.training.embedder import Embedder
 from genescale.training.embeddings import annotate_h5ad, read_embeddings, read_manifest
 from genescale.training.fitting.finetune import FinetuneConfig, prepare, row_vectors
@@ -176,44 +175,6 @@ def test_what_cannot_be_embedded_is_refused_before_any_work(
     with pytest.raises(SettingsError, match="no GPU"):
         embed_corpus(tiny_bundle, tiny_corpus, out_uri=out, store=tiny_corpus.store, config=gpu)
     assert tiny_corpus.store.list(out) == []
-
-
-def test_an_error_lets_go_of_all_that_it_and_its_causes_passed_through() -> None:
-    class Held:
-        pass
-
-    held: list[weakref.ref[Held]] = []
-
-    def passed_through(error: type[Exception], cause: Exception | None = None) -> None:
-        something = Held()
-        held.append(weakref.ref(something))
-        raise error from cause
-
-    def kept() -> Exception:
-        try:
-            try:
-                try:
-                    passed_through(StopIteration)
-                except StopIteration:
-                    passed_through(KeyError)
-            except KeyError as cause:
-                try:
-                    passed_through(OSError)
-                except OSError:
-                    passed_through(ValueError, cause)
-        except ValueError as error:
-            _let_go(error)
-            return error
-        raise AssertionError
-
-    gc.disable()
-    try:
-        error = kept()
-        assert isinstance(error.__context__, OSError)
-        assert isinstance(error.__cause__, KeyError)
-        assert [one() for one in held] == [None] * 4
-    finally:
-        gc.enable()
 
 
 def test_a_fault_in_a_worker_comes_back_as_what_it_is(

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from genescale.ingestion.corpus import Corpus
 from genescale.platform.bundle import Bundle, open_bundle, write_bundle
+from genescale.platform.disk import take_away
 from genescale.platform.errors import AlreadyExistsError, GenescaleError
 from genescale.platform.progress import SILENT, Progress
 from genescale.platform.settings import StorageSettings
@@ -252,7 +253,7 @@ def _told(
 
 def _write(bundle: Bundle, folded: Folded, lineage: Mapping[str, Any], out: Path) -> Bundle:
     """The final heads with their encoder as a bundle, in place of one of the same origin."""
-    shutil.rmtree(out / BUNDLE_FOLDER, ignore_errors=True)
+    take_away(out / BUNDLE_FOLDER)
     return write_bundle(
         out / BUNDLE_FOLDER,
         kind=bundle_kind([head.spec for head in folded.final.heads]),
