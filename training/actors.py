@@ -80,15 +80,20 @@ def _as_they_end(pool: Sequence[Any], units: Sequence[Any]) -> Iterator[Any]:
     ready = {one.ready.remote(): one for one in pool}
     running: dict[Any, Any] = {}
     n_left = len(units)
-    while n_left:
-        (done,), _ = ray.wait([*ready, *running], num_returns=1)
-        one = ready.pop(done, None)
-        wanted = 1 + in_reserve
-        if one is None:
-            one, wanted = running.pop(done), 1
-            n_left -= 1
-            yield ray.get(done)
-        running |= {one.run.remote(unit): one for unit in itertools.islice(left, wanted)}
+    try:
+        while n_left:
+            (done,), _ = ray.wait([*ready, *running], num_returns=1)
+            one = ready.pop(done, None)
+            wanted = 1 + in_reserve
+            if one is None:
+                one, wanted = running.pop(done), 1
+                n_left -= 1
+                yield ray.get(done)
+            running |= {one.run.remote(unit): one for unit in itertools.islice(left, wanted)}
+    finally:
+        # Else Ray says of each that it will be tried again.
+        for task in running:
+            ray.cancel(task)
 
 
 def gpus_on(device: str) -> int:
@@ -108,11 +113,15 @@ def actors_for(wished: int, gpus: int) -> int:
 
 
 def _original(error: BaseException) -> BaseException:
-    """The error of ours that a Ray worker raised, from under Ray's wrappers; else `error` itself."""
+    """The error of ours that an actor raised, from under Ray's wrappers; else `error` itself."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, GenescaleError):
-            return seen
+        # Ray's wrapper is of both classes, and its text is a trace.
         inner = getattr(seen, "cause", None)
-        seen = inner if isinstance(inner, BaseException) else seen.__cause__
+        if isinstance(inner, BaseException):
+            seen = inner
+        elif isinstance(seen, GenescaleError):
+            return seen
+        else:
+            seen = seen.__cause__
     return error

@@ -327,7 +327,8 @@ def test_a_changed_part_is_noticed(framed_bundle: Bundle, corpus: Corpus, tmp_pa
 def test_an_error_in_a_worker_arrives_as_itself(
     short_bundle: Bundle, corpus: Corpus, tmp_path: Path, local_store: Store
 ) -> None:
-    with pytest.raises(LimitError, match="window is 8"):
+    with pytest.raises(LimitError, match="window is 8") as raised:
         screen(short_bundle, corpus, on_ray(LISTED), out_uri=str(tmp_path / "out"), store=local_store)
+    assert type(raised.value) is LimitError
     with pytest.raises(NotFoundError, match="no finished screen"):
         read_screen(str(tmp_path / "out"), local_store)
