@@ -51,7 +51,8 @@ def launch(job: Job, board: Any, *, cpus_per_worker: int, max_failures: int, aga
 def _cause(error: Any, home: str, again: str) -> GenescaleError:
     """The error a worker raised on purpose, else ClusterError with what Ray says."""
     for failure in getattr(error, "worker_failures", {}).values():
-        for known in (failure, getattr(failure, "cause", None), getattr(failure, "_base_exc", None)):
+        # Ray's wrapper of an error may be of the error's class too, and its text is a trace: it comes last.
+        for known in (getattr(failure, "_base_exc", None), getattr(failure, "cause", None), failure):
             if isinstance(known, GenescaleError):
                 return known
     return ClusterError(

@@ -197,8 +197,9 @@ def test_an_error_of_a_worker_arrives_as_itself(
     settings = settings_for(tmp_path)
     where = {"settings": settings, "store": Store(settings.storage), "storage_uri": str(tmp_path)}
     broken: Any = BrokenCorpus(tiny_corpus, tmp_path / "unused", run=(Store(settings.storage), str(tmp_path)))
-    with pytest.raises(IntegrityError, match="page checksum"):
+    with pytest.raises(IntegrityError, match="page checksum") as raised:
         pretrain(dataclasses.replace(CONFIG, max_failures=0), broken, tracker=MemoryTracker(), **where)
+    assert type(raised.value) is IntegrityError
 
 
 def test_workers_that_do_not_divide_the_lanes_are_refused_before_anything_starts(
